@@ -1,0 +1,194 @@
+"""The central types: what a task version is, what a text becomes, what the engine is asked and answers.
+
+Standard library only. Knows nothing of tensors, HTTP, Redis or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ProblemType(StrEnum):
+    """How scores are made from logits; declared by the artifact, never guessed from the label count."""
+
+    SINGLE_LABEL = "single_label_classification"  # softmax over labels
+    MULTI_LABEL = "multi_label_classification"  # sigmoid for each label
+    REGRESSION = "regression"  # the value itself
+    TOKEN = "token_classification"  # softmax over BIO tags for each token
+    EMBEDDING = "embedding"  # the pooled state, L2-normalised; there is no head
+
+
+class ReadoutKind(StrEnum):
+    """How the states of a row become what the head reads."""
+
+    MEAN = "mean"  # mean over the text's tokens
+    CLS = "cls"  # the first token
+    POOLER = "pooler"  # the backbone's own pooler over the first token
+    ATTENTION = "attention"  # learned queries over the tokens of each named layer, with that layer's mean
+    TOKENS = "tokens"  # each token's states of the named layers side by side
+
+
+class HeadKind(StrEnum):
+    LINEAR = "linear"  # classifier
+    HIDDEN = "hidden"  # dense, activation, out_proj
+
+
+class InputKind(StrEnum):
+    TEXT = "text"
+    PAIR = "pair"
+
+
+class Arm(StrEnum):
+    """Why a version answers: because it is the champion, the challenger, or because the caller pinned it."""
+
+    CHAMPION = "champion"
+    CHALLENGER = "challenger"
+    PINNED = "pinned"
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneSpec:
+    """What the rest of the system may know of the frozen encoder."""
+
+    name: str
+    family: str  # transformers' model_type
+    fingerprint: str  # "sha256:…" over names, shapes and fp32 bytes of the weights
+    num_layers: int  # L
+    hidden_size: int  # d
+    num_heads: int  # H
+    head_size: int  # d_h
+    max_tokens: int  # tokens of an input with position_offset 0, special tokens counted
+    has_pooler: bool
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    kind: ReadoutKind
+    layers: tuple[int, ...]  # ascending, 1…L: the states after that layer
+    num_queries: int = 0  # learned queries a layer (attention only)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Identity and extent of one prefix; its vectors live in the engine's bank under the digest."""
+
+    digest: str
+    num_virtual_tokens: int
+    first_layer: int  # 0…L-1: the first layer whose attention sees it
+
+
+@dataclass(frozen=True, slots=True)
+class TaskVersion:
+    """One immutable version of a task: `task@version`. The digest is its identity, the name is for people."""
+
+    task: str
+    version: int
+    digest: str  # "sha256:…" over the artifact's content
+    problem_type: ProblemType
+    labels: tuple[str, ...]
+    readout: Readout
+    input_kind: InputKind = InputKind.TEXT
+    prefixes: tuple[Prefix, ...] = ()
+    position_offset: int = 0  # what the prefixes add to the text's positions (PEFT: num_virtual_tokens)
+    thresholds: tuple[float, ...] = ()  # multi-label: a label is given from this score on
+
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest layer that a prefix reaches; None for the bare trunk."""
+        return min((p.first_layer for p in self.prefixes), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """What the caller wants read: one text, or a pair."""
+
+    text: str
+    text_pair: str | None = None
+
+    @property
+    def kind(self) -> InputKind:
+        return InputKind.TEXT if self.text_pair is None else InputKind.PAIR
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """A tokenized input. All sequences have one entry a token, special tokens counted."""
+
+    input_ids: tuple[int, ...]
+    token_type_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...] = ()  # characters [start, end) in the text, (0, 0) for special tokens
+    word_ids: tuple[int | None, ...] = ()  # index of the word that a token belongs to, None for special tokens
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of hidden states: the trunk, or a branch that a prefix tuple forks off it."""
+
+    prefixes: tuple[Prefix, ...]
+    position_offset: int
+    start_layer: int  # layers [start_layer, stop_layer) run for this row
+    stop_layer: int
+    from_trunk: bool  # True: starts as a copy of row 0's states; False: starts at the embeddings
+    reads: tuple[int, ...]  # indices into the plan's versions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What one text needs: its rows and who reads which. Row 0 is the trunk where there is one."""
+
+    encoding: Encoding
+    versions: tuple[TaskVersion, ...]
+    rows: tuple[Row, ...]
+    passes: float  # layers run for this text, over the backbone's layers
+    cost_tokens: int  # sum over rows of (tokens + virtual tokens): what the batch budget counts
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOutput:
+    """What one version said of one text: `scores`, or `error` where this version failed alone."""
+
+    scores: tuple[float, ...] = ()  # a label each; regression: the value; tokens: of each token's tag; embedding: d
+    tags: tuple[int, ...] = ()  # token classification: index into labels for each token
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineRequest:
+    """All texts of one call; they may run in different batches, and are answered together."""
+
+    plans: tuple[Plan, ...]
+    deadline_s: float | None = None  # on time.monotonic(); work that has not begun by then is dropped
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    outputs: tuple[tuple[TaskOutput, ...], ...]  # [plan][version], in the request's order
+    queue_s: float  # from submission until the first batch with one of its texts began
+    inference_s: float  # the summed time of the batches it was in
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task as the snapshot has it: which version answers, and which can be pinned."""
+
+    name: str
+    champion: int
+    versions: Mapping[int, TaskVersion]
+    challenger: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The live index at one generation. Never mutated: a change replaces the object in one assignment."""
+
+    generation: int
+    tasks: Mapping[str, Task]
+    representations: Mapping[str, TaskVersion] = field(default_factory=dict)  # by the model name of /v1/embeddings
