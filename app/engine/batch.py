@@ -1,0 +1,204 @@
+"""A batch's layout: which rows stand where at each layer, who forks from whom, and who reads what.
+
+Plans that ask for the same versions form a cohort, and have the same rows. A block is one of those rows for all plans
+of its cohort, side by side; so forks, prefixes and reads are slices of the batch, never gathers.
+Knows plans and resident versions; holds no tensors, no weights and no requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from app.domain import Plan, ReadoutKind, Row
+from app.engine.prefix_bank import ResidentPrefix, ResidentVersion
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One text's plan with the versions that it was resolved to. Filled on submission."""
+
+    plan: Plan
+    residents: tuple[ResidentVersion, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One row of each plan of a cohort."""
+
+    cohort: int
+    index: int  # of the row in its plans
+    row: Row
+    plans: slice  # of the batch's plans
+    prefixes: tuple[ResidentPrefix, ...]
+
+    @property
+    def size(self) -> int:
+        return int(self.plans.stop - self.plans.start)
+
+    def virtual_tokens(self, layer: int) -> int:
+        return sum(p.prefix.num_virtual_tokens for p in self.prefixes if p.prefix.first_layer <= layer)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a block stands in its chunk's states: rows [start, stop)."""
+
+    block: Block
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows that go through a layer in one call. On a CPU a batch has several, so that what a layer makes fits caches.
+
+    `sources` are the slices of the layer before, (chunk, rows), that these rows come from; empty: from the embeddings.
+    """
+
+    placed: tuple[Placed, ...]
+    sources: tuple[tuple[int, slice], ...]
+
+
+LayerStep = tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What is read of one block behind one layer."""
+
+    block: Block
+    pooled: tuple[int, ...]  # versions of the cohort that read the mean, and their own queries where they have some
+    first_token: tuple[int, ...]  # versions that read the first token
+    pooler: tuple[int, ...]
+    tokens: tuple[int, ...]  # versions that read every token
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cohort:
+    """Plans of one batch that ask for the same versions."""
+
+    residents: tuple[ResidentVersion, ...]
+    plans: slice
+    blocks: tuple[Block, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    works: tuple[Work, ...]  # cohort by cohort
+    cohorts: tuple[Cohort, ...]
+    steps: tuple[LayerStep, ...]  # one a layer that runs
+    reads: dict[int, tuple[Read, ...]]  # by number of layers passed
+    num_tokens: int  # of the longest text: what every row is padded to
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(work.plan.rows) for work in self.works)
+
+
+def lay_out(works: Sequence[Work], num_layers: int, chunk_tokens: int | None = None) -> Batch:
+    """Arrange any works, of any versions, as one batch, in chunks of about `chunk_tokens` padded tokens."""
+    num_tokens = max(len(work.plan.encoding) for work in works)
+    chunk_rows = max(1, chunk_tokens // num_tokens) if chunk_tokens is not None else len(works)
+    groups = _group(works, chunk_rows)
+    cohorts, start = [], 0
+    for number, members in enumerate(groups):
+        cohorts.append(_cohort(number, members, start))
+        start += len(members)
+    blocks = [block for cohort in cohorts for block in cohort.blocks]
+    return Batch(
+        works=tuple(work for members in groups for work in members),
+        cohorts=tuple(cohorts),
+        steps=tuple(_steps(blocks, num_layers, chunk_rows if chunk_tokens is not None else None)),
+        reads=_reads(cohorts),
+        num_tokens=num_tokens,
+    )
+
+
+def _group(works: Sequence[Work], most: int) -> list[list[Work]]:
+    """Works that ask for the same versions, at most `most` together."""
+    alike: dict[tuple[str, ...], list[Work]] = {}
+    for work in works:
+        alike.setdefault(tuple(v.digest for v in work.plan.versions), []).append(work)
+    return [members[i : i + most] for members in alike.values() for i in range(0, len(members), most)]
+
+
+def _cohort(number: int, members: Sequence[Work], start: int) -> Cohort:
+    first = members[0]
+    plans = slice(start, start + len(members))
+    blocks = tuple(
+        Block(number, index, row, plans, first.residents[row.reads[0]].prefixes if row.prefixes else ())
+        for index, row in enumerate(first.plan.rows)
+    )
+    return Cohort(first.residents, plans, blocks)
+
+
+def _steps(blocks: Sequence[Block], num_layers: int, chunk_rows: int | None) -> Iterator[LayerStep]:
+    """Blocks of one prefix length stand side by side; a block comes from itself or, where it begins, from its trunk."""
+    where: dict[tuple[int, int], tuple[int, slice]] = {}
+    for layer in range(num_layers):
+        active = [block for block in blocks if block.row.start_layer <= layer < block.row.stop_layer]
+        if not active:
+            return
+        active.sort(key=lambda block: block.virtual_tokens(layer))
+        step = tuple(Chunk(placed, _sources(placed, where)) for placed in _chunks(active, chunk_rows))
+        yield step
+        where = {
+            (p.block.cohort, p.block.index): (number, slice(p.start, p.stop))
+            for number, chunk in enumerate(step)
+            for p in chunk.placed
+        }
+
+
+def _chunks(blocks: Sequence[Block], chunk_rows: int | None) -> Iterator[tuple[Placed, ...]]:
+    placed: list[Placed] = []
+    for block in blocks:
+        start = placed[-1].stop if placed else 0
+        if placed and chunk_rows is not None and start + block.size > chunk_rows:
+            yield tuple(placed)
+            placed, start = [], 0
+        placed.append(Placed(block, start, start + block.size))
+    yield tuple(placed)
+
+
+def _sources(placed: Sequence[Placed], where: Mapping[tuple[int, int], tuple[int, slice]]) -> tuple[tuple[int, slice], ...]:
+    """Neighbours in one chunk are one slice, so that rows which did not change are not copied."""
+    if not where:
+        return ()
+    sources: list[tuple[int, slice]] = []
+    for p in placed:
+        key = (p.block.cohort, p.block.index)
+        chunk, rows = where[key] if key in where else where[p.block.cohort, 0]
+        if sources and sources[-1][0] == chunk and sources[-1][1].stop == rows.start:
+            sources[-1] = (chunk, slice(sources[-1][1].start, rows.stop))
+        else:
+            sources.append((chunk, rows))
+    return tuple(sources)
+
+
+def _reads(cohorts: Sequence[Cohort]) -> dict[int, tuple[Read, ...]]:
+    """For each layer, what is read of which block."""
+    found: dict[int, dict[tuple[int, int], list[int]]] = {}
+    for number, cohort in enumerate(cohorts):
+        for block in cohort.blocks:
+            for index in block.row.reads:
+                for layer in cohort.residents[index].version.readout.layers:
+                    source = 0 if block.row.from_trunk and layer <= block.row.start_layer else block.index
+                    found.setdefault(layer, {}).setdefault((number, source), []).append(index)
+    return {
+        layer: tuple(_read(cohorts[number], source, readers) for (number, source), readers in by_block.items())
+        for layer, by_block in found.items()
+    }
+
+
+def _read(cohort: Cohort, source: int, readers: Sequence[int]) -> Read:
+    def having(*kinds: ReadoutKind) -> tuple[int, ...]:
+        return tuple(i for i in readers if cohort.residents[i].version.readout.kind in kinds)
+
+    return Read(
+        block=cohort.blocks[source],
+        pooled=having(ReadoutKind.MEAN, ReadoutKind.ATTENTION),
+        first_token=having(ReadoutKind.CLS),
+        pooler=having(ReadoutKind.POOLER),
+        tokens=having(ReadoutKind.TOKENS),
+    )

@@ -1,0 +1,275 @@
+"""The engine: one thread that owns the device, an inbox, and futures that always end.
+
+Knows plans, versions and batches; nothing of texts, task names on the wire, HTTP or Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+
+from app.domain import EngineRequest, EngineResult, Plan, TaskOutput
+from app.engine.artifact import Artifact
+from app.engine.backbone import Backbone
+from app.engine.batch import Work, lay_out
+from app.engine.forward import run_batch
+from app.engine.plan import split_plan
+from app.engine.prefix_bank import PrefixBank
+from app.engine.scheduler import Scheduler
+from app.errors import DeadlineError, EngineError, ManifoldError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+CPU_CHUNK_TOKENS = 2048  # what a layer makes of so many tokens stays in a CPU's caches; larger calls are slower a token
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """One request on its way: its future, and the outputs that are there so far."""
+
+    future: Future[EngineResult]
+    deadline_s: float | None
+    outputs: list[list[tuple[TaskOutput, ...]]]  # [plan][part]
+    missing: int  # parts still to come
+    arrived_s: float
+    begun_s: float | None = None
+    inference_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Item:
+    """One text (or a part of one that has too many branches) in the queue."""
+
+    ticket: _Ticket
+    plan_index: int
+    part: int
+    work: Work
+    num_rows: int
+    num_tokens: int
+    num_virtual_tokens: int
+    arrived_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    """Put into the inbox to make the thread look at its state."""
+
+
+@dataclass(slots=True)
+class _Life:
+    running: bool = False
+    closing: bool = False
+    fault: BaseException | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Engine:
+    """`submit` from any thread; everything on the device happens on one thread of its own.
+
+    A task that breaks fails alone in the outputs; a batch that breaks fails its requests and the thread lives on; a
+    thread that dies fails everything that waits, and `alive` says so.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        max_batch_tokens: int = 16384,
+        max_batch_rows: int = 512,
+        max_queue_delay_ms: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.backbone = backbone
+        self.spec = backbone.spec
+        self.bank = PrefixBank(backbone.device, backbone.dtype)
+        self._scheduler: Scheduler[_Item] = Scheduler(max_batch_tokens, max_batch_rows, max_queue_delay_ms / 1000)
+        self._inbox: queue.SimpleQueue[list[_Item] | _Wake] = queue.SimpleQueue()
+        self._chunk_tokens = CPU_CHUNK_TOKENS if backbone.device.type == "cpu" else None
+        self._clock = clock
+        self._life = _Life()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._life.running = True
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread after the batch that runs; what still waits gets UnavailableError."""
+        with self._life.lock:
+            self._life.closing = True
+        self._inbox.put(_Wake())
+        if self._thread.is_alive():
+            self._thread.join()
+        self._fail_waiting(UnavailableError("the engine was closed"))
+
+    @property
+    def alive(self) -> bool:
+        return self._life.running and not self._life.closing and self._life.fault is None
+
+    @property
+    def queue_rows(self) -> int:
+        """Rows that wait for a batch."""
+        return self._scheduler.num_rows
+
+    def load(self, artifact: Artifact) -> None:
+        """Make a version resident, off the engine's thread: new tensors, no batch waits."""
+        self.bank.load(artifact)
+
+    def unload(self, digest: str) -> None:
+        """Forget a version. Requests that were submitted before still end with its answer."""
+        self.bank.unload(digest)
+
+    def submit(self, request: EngineRequest) -> Future[EngineResult]:
+        """Queue a request. The future ends with outputs, with a ManifoldError, or cancelled.
+
+        Raises NotFoundError for a version that is not resident, UnavailableError where the engine does not run.
+        """
+        items, future = self._items(request)
+        with self._life.lock:
+            if not self.alive:
+                raise UnavailableError(self._why_not_alive())
+            self._inbox.put(items)
+        return future
+
+    def _why_not_alive(self) -> str:
+        fault = self._life.fault
+        return f"the engine died: {fault}" if fault is not None else "the engine does not run"
+
+    def _items(self, request: EngineRequest) -> tuple[list[_Item], Future[EngineResult]]:
+        now = self._clock()
+        parts = [split_plan(p, self.spec.num_layers, self._scheduler.max_batch_tokens) for p in request.plans]
+        ticket = _Ticket(
+            future=Future(),
+            deadline_s=request.deadline_s,
+            outputs=[[()] * len(pieces) for pieces in parts],
+            missing=sum(map(len, parts)),
+            arrived_s=now,
+        )
+        items = [
+            self._item(ticket, plan_index, part, plan)
+            for plan_index, pieces in enumerate(parts)
+            for part, plan in enumerate(pieces)
+        ]
+        if not items:
+            ticket.future.set_result(EngineResult((), 0.0, 0.0))
+        return items, ticket.future
+
+    def _item(self, ticket: _Ticket, plan_index: int, part: int, plan: Plan) -> _Item:
+        residents = tuple(self.bank.get(version.digest) for version in plan.versions)
+        rows, tokens = len(plan.rows), len(plan.encoding)
+        return _Item(
+            ticket,
+            plan_index,
+            part,
+            Work(plan, residents),
+            num_rows=rows,
+            num_tokens=tokens,
+            num_virtual_tokens=plan.cost_tokens - rows * tokens,
+            arrived_s=ticket.arrived_s,
+        )
+
+    # -- on the engine's thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._life.closing:
+                self.step()
+        except BaseException as fault:
+            log.critical("the engine's thread died", exc_info=fault)
+            with self._life.lock:
+                self._life.fault = fault
+            self._fail_waiting(UnavailableError(self._why_not_alive()))
+
+    def step(self) -> None:
+        """Take in what came, choose a batch, run it, answer."""
+        self._take_in()
+        items = self._begin(self._scheduler.next_batch()) if self._is_due() else []
+        if items:
+            self._answer(items)
+
+    def _is_due(self) -> bool:
+        return self._scheduler.wait_s(self._clock()) == 0.0
+
+    def _take_in(self) -> None:
+        """Wait for the inbox only when no batch is due, then empty it."""
+        timeout = self._scheduler.wait_s(self._clock())
+        try:
+            message = self._inbox.get(block=timeout != 0.0, timeout=timeout)
+            while True:
+                if not isinstance(message, _Wake):
+                    for item in message:
+                        self._scheduler.add(item)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _begin(self, items: Sequence[_Item]) -> list[_Item]:
+        """The items still worth running: cancelled requests are dropped, late ones get DeadlineError."""
+        now = self._clock()
+        return [item for item in items if self._still_wanted(item.ticket, now)]
+
+    def _still_wanted(self, ticket: _Ticket, now: float) -> bool:
+        if ticket.future.done():
+            return False
+        if ticket.begun_s is None:
+            if ticket.deadline_s is not None and now > ticket.deadline_s:
+                _fail(ticket, DeadlineError("the deadline passed while the request was queued"))
+                return False
+            if not ticket.future.set_running_or_notify_cancel():
+                return False
+            ticket.begun_s = now
+        return True
+
+    def _answer(self, items: Sequence[_Item]) -> None:
+        started = self._clock()
+        batch = lay_out([item.work for item in items], self.spec.num_layers, self._chunk_tokens)
+        try:
+            outputs = run_batch(batch, self.backbone)
+        except Exception as error:
+            log.exception("a batch of %d rows failed", batch.num_rows)
+            for item in items:
+                _fail(item.ticket, EngineError(f"the batch failed: {error}"))
+            return
+        elapsed = self._clock() - started
+        of_work = {id(work): out for work, out in zip(batch.works, outputs, strict=True)}
+        for ticket in {id(item.ticket): item.ticket for item in items}.values():
+            ticket.inference_s += elapsed
+        for item in items:
+            _deliver(item, of_work[id(item.work)])
+
+    def _fail_waiting(self, error: ManifoldError) -> None:
+        for item in self._scheduler.drain():
+            _fail(item.ticket, error)
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if not isinstance(message, _Wake):
+                for item in message:
+                    _fail(item.ticket, error)
+
+
+def _deliver(item: _Item, outputs: tuple[TaskOutput, ...]) -> None:
+    ticket = item.ticket
+    ticket.outputs[item.plan_index][item.part] = outputs
+    ticket.missing -= 1
+    if ticket.missing or ticket.future.done():
+        return
+    begun = ticket.begun_s if ticket.begun_s is not None else ticket.arrived_s
+    joined = tuple(tuple(output for part in parts for output in part) for parts in ticket.outputs)
+    ticket.future.set_result(EngineResult(joined, begun - ticket.arrived_s, ticket.inference_s))
+
+
+def _fail(ticket: _Ticket, error: ManifoldError) -> None:
+    try:
+        ticket.future.set_exception(error)
+    except InvalidStateError:
+        return  # it has ended already: cancelled, or failed with another of its texts

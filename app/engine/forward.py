@@ -1,0 +1,249 @@
+"""One batch through the backbone: embed, run each layer with its rows' prefixes, read, score.
+
+Knows tensors and the batch's layout; nothing of requests, queues or threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from app.domain import ProblemType, ReadoutKind, TaskOutput
+from app.engine.attention import Segment
+from app.engine.backbone import Backbone
+from app.engine.batch import Batch, Block, Chunk, Cohort, LayerStep, Placed, Read, Work
+from app.engine.families import Context
+from app.engine.heads import join_layers, pool_tokens, scores_of
+
+log = logging.getLogger(__name__)
+
+_Pieces = dict[tuple[int, int], list[Tensor]]  # (cohort, version) → what it reads, a tensor a layer
+
+
+@torch.inference_mode()
+def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
+    """The outputs of each work of `batch.works`, in the order of its plan's versions."""
+    return _outputs(batch, _run_layers(batch, backbone))
+
+
+def _run_layers(batch: Batch, backbone: Backbone) -> _Pieces:
+    inputs = _Inputs.of(batch, backbone)
+    pieces: _Pieces = {}
+    states: list[Tensor] = []  # of each chunk, [rows, tokens, d]
+    for layer, step in enumerate(batch.steps):
+        states = [inputs.embed(c) if layer == 0 else _gather(states, c) for c in step]
+        states = [
+            backbone.run_layer(layer, rows, inputs.segments(layer, chunk), inputs.context(chunk, rows))
+            for rows, chunk in zip(states, step, strict=True)
+        ]
+        if layer + 1 in batch.reads:
+            _take_all(batch, layer + 1, step, states, inputs, pieces)
+    return pieces
+
+
+def _gather(states: Sequence[Tensor], chunk: Chunk) -> Tensor:
+    parts = [states[number][rows] for number, rows in chunk.sources]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """The batch's token tensors, and the masks that its layers share."""
+
+    backbone: Backbone
+    input_ids: Tensor  # [plans, tokens]
+    token_type_ids: Tensor
+    text_mask: Tensor | None  # bool [plans, tokens], True: a token of the text; None: nothing is padded
+    masks: dict[tuple[object, ...], Tensor | None]
+    contexts: dict[tuple[object, ...], Context]
+
+    @classmethod
+    def of(cls, batch: Batch, backbone: Backbone) -> _Inputs:
+        encodings = [work.plan.encoding for work in batch.works]
+        width = batch.num_tokens
+        ids = torch.tensor([e.input_ids + (0,) * (width - len(e)) for e in encodings])
+        types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings])
+        lengths = torch.tensor([len(e) for e in encodings])
+        mask = None if bool((lengths == width).all()) else torch.arange(width) < lengths.unsqueeze(1)
+        device = backbone.device
+        return cls(backbone, ids.to(device), types.to(device), None if mask is None else mask.to(device), {}, {})
+
+    def embed(self, chunk: Chunk) -> Tensor:
+        ids = torch.cat([self.input_ids[p.block.plans] for p in chunk.placed])
+        types = torch.cat([self.token_type_ids[p.block.plans] for p in chunk.placed])
+        return self.backbone.embed(ids, types, self._positions(chunk))
+
+    def context(self, chunk: Chunk, states: Tensor) -> Context:
+        layout = _layout(chunk.placed)
+        if layout not in self.contexts:
+            self.contexts[layout] = self.backbone.context(states, self._positions(chunk))
+        return self.contexts[layout]
+
+    def _positions(self, chunk: Chunk) -> Tensor:
+        """[rows, tokens], each row's position offset added. Padding repeats positions: nothing attends to it."""
+        width = self.input_ids.shape[1]
+        base = torch.arange(width, device=self.backbone.device)
+        limit = self.backbone.spec.max_tokens - 1
+        rows = [(base + p.block.row.position_offset).clamp(max=limit).expand(p.block.size, -1) for p in chunk.placed]
+        return torch.cat(rows)
+
+    def segments(self, layer: int, chunk: Chunk) -> list[Segment]:
+        return [
+            self._segment(layer, num_virtual_tokens, list(members))
+            for num_virtual_tokens, members in groupby(chunk.placed, lambda p: p.block.virtual_tokens(layer))
+        ]
+
+    def _segment(self, layer: int, num_virtual_tokens: int, members: Sequence[Placed]) -> Segment:
+        mask = self._mask(num_virtual_tokens, members, self.backbone.window(layer))
+        if num_virtual_tokens == 0:
+            return Segment(members[0].start, members[-1].stop, None, None, mask)
+        sides = zip(*(_block_prefix(p.block, layer) for p in members), strict=True)
+        key, value = (torch.cat(side) if len(members) > 1 else side[0] for side in sides)
+        return Segment(members[0].start, members[-1].stop, key, value, mask)
+
+    def _mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
+        layout = (num_virtual_tokens, window, *_layout(members))
+        if layout not in self.masks:
+            self.masks[layout] = self._build_mask(num_virtual_tokens, members, window)
+        return self.masks[layout]
+
+    def _build_mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
+        """0 where a token may look and -inf elsewhere, [rows, 1, 1 or tokens, virtual tokens + tokens]."""
+        width, device = self.input_ids.shape[1], self.backbone.device
+        sees: Tensor | None = None
+        if self.text_mask is not None:
+            sees = torch.cat([self.text_mask[p.block.plans] for p in members])[:, None, None, :]
+        if window is not None and width > window + 1:
+            index = torch.arange(width, device=device)
+            near = (index[:, None] - index[None, :]).abs() <= window
+            sees = near[None, None] if sees is None else sees & near
+        if sees is None:
+            return None
+        text = torch.zeros(sees.shape, dtype=self.backbone.dtype, device=device).masked_fill(~sees, float("-inf"))
+        return torch.nn.functional.pad(text, (num_virtual_tokens, 0))
+
+
+def _layout(members: Sequence[Placed]) -> tuple[tuple[int, int], ...]:
+    return tuple((p.block.cohort, p.block.index) for p in members)
+
+
+def _block_prefix(block: Block, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [rows, heads, virtual tokens, head size] of all prefixes that have begun, side by side."""
+    parts = [part for part in (prefix.at(layer) for prefix in block.prefixes) if part is not None]
+    key, value = parts[0] if len(parts) == 1 else (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
+    return key.expand(block.size, -1, -1, -1), value.expand(block.size, -1, -1, -1)
+
+
+# -- readouts ----------------------------------------------------------------------------------------------------------
+
+
+def _take_all(
+    batch: Batch, layer: int, step: LayerStep, states: Sequence[Tensor], inputs: _Inputs, pieces: _Pieces
+) -> None:
+    where = {
+        (p.block.cohort, p.block.index): (number, slice(p.start, p.stop))
+        for number, chunk in enumerate(step)
+        for p in chunk.placed
+    }
+    for read in batch.reads[layer]:
+        number, rows = where[read.block.cohort, read.block.index]
+        _take(read, inputs.backbone.read_states(layer, states[number][rows]), layer, batch, inputs, pieces)
+
+
+def _take(read: Read, states: Tensor, layer: int, batch: Batch, inputs: _Inputs, pieces: _Pieces) -> None:
+    """Read one block's states [rows, tokens, d] behind one layer for all its readers at once."""
+    cohort = batch.cohorts[read.block.cohort]
+
+    def keep(version: int, piece: Tensor) -> None:
+        pieces.setdefault((read.block.cohort, version), []).append(piece)
+
+    if read.pooled:
+        mask = None if inputs.text_mask is None else inputs.text_mask[read.block.plans]
+        for version, piece in _pooled(cohort, read.pooled, states, layer, mask):
+            keep(version, piece)
+    for version in read.first_token:
+        keep(version, states[:, :1].float())
+    if read.pooler:
+        vector = inputs.backbone.pool(states).float().unsqueeze(1)
+        for version in read.pooler:
+            keep(version, vector)
+    for version in read.tokens:
+        keep(version, states.float())
+
+
+def _pooled(
+    cohort: Cohort, versions: Sequence[int], states: Tensor, layer: int, mask: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """(version, [rows, 1 + its queries, d]): one matrix product for all queries of all versions."""
+    own = {i: _queries(cohort, i, layer) for i in versions}
+    present = [queries for queries in own.values() if queries is not None]
+    pooled = pool_tokens(states, torch.cat(present) if present else None, mask)
+    mean, start = pooled[:, :1], 1
+    for version, queries in own.items():
+        if queries is None:
+            yield version, mean
+            continue
+        stop = start + queries.shape[0]
+        yield version, torch.cat((mean, pooled[:, start:stop]), dim=1)
+        start = stop
+
+
+def _queries(cohort: Cohort, version: int, layer: int) -> Tensor | None:
+    """[num_queries, d] of this version at this layer."""
+    resident = cohort.residents[version]
+    if resident.head.queries is None:
+        return None
+    return resident.head.queries[resident.version.readout.layers.index(layer)]
+
+
+# -- heads -------------------------------------------------------------------------------------------------------------
+
+
+def _outputs(batch: Batch, pieces: _Pieces) -> list[tuple[TaskOutput, ...]]:
+    outputs: list[tuple[TaskOutput, ...]] = []
+    for number, cohort in enumerate(batch.cohorts):
+        works = batch.works[cohort.plans]
+        columns = [
+            _version_outputs(cohort, index, pieces.get((number, index), []), works)
+            for index in range(len(cohort.residents))
+        ]
+        outputs.extend(zip(*columns, strict=True))
+    return outputs
+
+
+def _version_outputs(cohort: Cohort, index: int, pieces: list[Tensor], works: Sequence[Work]) -> list[TaskOutput]:
+    """One version's outputs for its cohort's texts. What breaks here breaks this version alone."""
+    resident = cohort.residents[index]
+    version = resident.version
+    try:
+        if version.readout.kind is ReadoutKind.TOKENS:
+            return _token_outputs(resident.head.logits(torch.cat(pieces, dim=-1)), works)
+        scores = scores_of(version.problem_type, resident.head.logits(join_layers(pieces)))
+        finite = scores.isfinite().all(dim=-1).tolist()
+        return [
+            TaskOutput(tuple(row)) if good else TaskOutput(error="its scores are not finite")
+            for row, good in zip(scores.tolist(), finite, strict=True)
+        ]
+    except Exception as error:  # a fault of one version's tensors must not reach the batch's other tasks
+        log.exception("version %s failed", version.digest)
+        return [TaskOutput(error=f"it failed while computing: {error}")] * len(works)
+
+
+def _token_outputs(logits: Tensor, works: Sequence[Work]) -> list[TaskOutput]:
+    """Logits [rows, tokens, labels] → each token's tag and its probability, padding left out."""
+    best = scores_of(ProblemType.TOKEN, logits).max(dim=-1)
+    finite = logits.isfinite().all(dim=-1)
+    outputs = []
+    for row, work in enumerate(works):
+        length = len(work.plan.encoding)
+        if not bool(finite[row, :length].all()):
+            outputs.append(TaskOutput(error="its scores are not finite"))
+            continue
+        scores, tags = best.values[row, :length].tolist(), best.indices[row, :length].tolist()
+        outputs.append(TaskOutput(tuple(scores), tuple(tags)))
+    return outputs

@@ -1,0 +1,90 @@
+"""The versions that are resident: prefix vectors and heads on the device, shared where digests are equal.
+
+Knows tensors and digests. Never writes into a tensor that is in use: a new version is new tensors under a new digest,
+and the tensors of one that was unloaded live until the last request that holds them has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.domain import Prefix, TaskVersion
+from app.engine.artifact import Artifact
+from app.engine.heads import ResidentHead
+from app.errors import NotFoundError
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class ResidentPrefix:
+    """One prefix's vectors on the device, from its first layer up."""
+
+    prefix: Prefix
+    keys: Tensor  # [num_layers - first_layer, heads, virtual tokens, head size]
+    values: Tensor
+
+    def at(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [heads, virtual tokens, head size] for layer `layer`; None below the first layer."""
+        index = layer - self.prefix.first_layer
+        return (self.keys[index], self.values[index]) if index >= 0 else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentVersion:
+    """All that the engine needs to answer for one task version."""
+
+    version: TaskVersion
+    prefixes: tuple[ResidentPrefix, ...]
+    head: ResidentHead
+
+
+class PrefixBank:
+    """Loaded from any thread; read by the engine's. A request holds what it was resolved to."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._versions: dict[str, ResidentVersion] = {}
+        self._prefixes: weakref.WeakValueDictionary[str, ResidentPrefix] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._versions)
+
+    def load(self, artifact: Artifact) -> None:
+        """Make the artifact resident. Loading what is resident already changes nothing."""
+        version = artifact.version(0)
+        with self._lock:
+            if version.digest in self._versions:
+                return
+            prefixes = tuple(
+                self._resident_prefix(prefix, vectors)
+                for prefix, vectors in zip(version.prefixes, artifact.prefix_vectors, strict=True)
+            )
+            head = ResidentHead.from_tensors(version, artifact.manifest, artifact.tensors, self._device)
+            self._versions[version.digest] = ResidentVersion(version, prefixes, head)
+
+    def unload(self, digest: str) -> None:
+        with self._lock:
+            self._versions.pop(digest, None)
+
+    def get(self, digest: str) -> ResidentVersion:
+        """Raises NotFoundError where that version is not resident."""
+        try:
+            return self._versions[digest]
+        except KeyError:
+            raise NotFoundError(f"version {digest} is not loaded") from None
+
+    def _resident_prefix(self, prefix: Prefix, vectors: Tensor) -> ResidentPrefix:
+        """`vectors`: [layers, 2, heads, virtual tokens, head size]."""
+        known = self._prefixes.get(prefix.digest)
+        if known is not None:
+            return known
+        keys, values = (vectors[:, i].to(self._device, self._dtype, copy=True).contiguous() for i in (0, 1))
+        resident = ResidentPrefix(prefix, keys, values)
+        self._prefixes[prefix.digest] = resident
+        return resident

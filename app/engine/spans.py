@@ -1,0 +1,64 @@
+"""From BIO tags of tokens to spans of characters. Knows encodings and labels; nothing of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from app.domain import Encoding, TaskOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    label: str
+    start: int  # characters, [start, end) in the text
+    end: int
+    text: str
+    score: float  # mean over its words of the tag's probability
+
+
+@dataclass(slots=True)
+class _Open:
+    label: str
+    start: int
+    end: int
+    scores: list[float]
+
+
+def decode_spans(encoding: Encoding, output: TaskOutput, labels: Sequence[str], text: str) -> list[Span]:
+    """Spans by the CoNLL reading of BIO: `I-x` after anything but x begins a span of its own.
+
+    A word is tagged by its first token, as in training; its further tokens only stretch it.
+    """
+    spans: list[_Open] = []
+    current: _Open | None = None
+    for tag, score, start, end in _words(encoding, output, labels):
+        prefix, _, label = tag.partition("-")
+        if not label:
+            current = None
+        elif current is not None and prefix == "I" and current.label == label:
+            current.end = end
+            current.scores.append(score)
+        else:
+            current = _Open(label, start, end, [score])
+            spans.append(current)
+    return [Span(s.label, s.start, s.end, text[s.start : s.end], sum(s.scores) / len(s.scores)) for s in spans]
+
+
+def _words(encoding: Encoding, output: TaskOutput, labels: Sequence[str]) -> Iterator[tuple[str, float, int, int]]:
+    """(tag, score, start, end) of each word."""
+    word: tuple[str, float, int, int] | None = None
+    last_id: int | None = None
+    for tag, score, word_id, (start, end) in zip(
+        output.tags, output.scores, encoding.word_ids, encoding.offsets, strict=True
+    ):
+        if word_id is None:
+            continue
+        if word is not None and word_id == last_id:
+            word = (*word[:3], end)
+            continue
+        if word is not None:
+            yield word
+        word, last_id = (labels[tag], score, start, end), word_id
+    if word is not None:
+        yield word

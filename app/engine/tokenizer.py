@@ -1,0 +1,90 @@
+"""From texts to token ids, off the event loop and safe to call from several threads.
+
+Knows the backbone's own tokenizer; nothing of tasks or tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from tokenizers import Encoding as RustEncoding
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from app.domain import Encoding, TextInput
+from app.errors import BackboneError, TokenizationError
+
+_MAX_TRUNCATORS = 64  # one tokenizer a length; lengths differ only by the position offsets of live tasks
+
+
+class TextTokenizer:
+    """The fast tokenizer of a model folder. It never pads; it truncates only when asked."""
+
+    def __init__(self, model_path: str) -> None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_path)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"no tokenizer can be loaded from {model_path}: {error}") from error
+        if not getattr(tokenizer, "is_fast", False):
+            raise BackboneError(f"{model_path} has no fast tokenizer (tokenizer.json), which serving needs")
+        self.max_tokens: int | None = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else None
+        self._plain: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._plain.no_padding()
+        self._plain.no_truncation()
+        self._special_tokens = {False: self._count_special(False), True: self._count_special(True)}
+        self._truncators: dict[int, Tokenizer] = {}
+        self._lock = threading.Lock()
+
+    def encode(self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: bool) -> list[Encoding]:
+        """Encodings of `inputs`, each of at most its limit of tokens (special tokens counted).
+
+        Raises TokenizationError naming the input that is too long (unless `truncate`) or has no token to read.
+        """
+        rust = self._plain.encode_batch([_pieces(text) for text in inputs])
+        encodings = []
+        for index, (text, limit, encoded) in enumerate(zip(inputs, limits, rust, strict=True)):
+            too_long = len(encoded.ids) > limit
+            if too_long and not truncate:
+                raise TokenizationError(
+                    f"input {index} has {len(encoded.ids)} tokens and the limit is {limit}: "
+                    'shorten it, or send "truncate": true to read its beginning'
+                )
+            if too_long:
+                encoded = self._truncator(limit).encode(*_arguments(text))
+            if len(encoded.ids) <= self._special_tokens[text.text_pair is not None]:
+                raise TokenizationError(f"input {index} has nothing that the model can read")
+            encodings.append(_to_domain(encoded, too_long))
+        return encodings
+
+    def _count_special(self, is_pair: bool) -> int:
+        return int(self._plain.num_special_tokens_to_add(is_pair))
+
+    def _truncator(self, limit: int) -> Tokenizer:
+        """A tokenizer of its own for each length: truncation is state of a tokenizer, shared by all its callers."""
+        with self._lock:
+            if limit not in self._truncators:
+                if len(self._truncators) >= _MAX_TRUNCATORS:
+                    self._truncators.clear()
+                tokenizer = Tokenizer.from_str(self._plain.to_str())
+                tokenizer.enable_truncation(limit, strategy="longest_first")
+                self._truncators[limit] = tokenizer
+            return self._truncators[limit]
+
+
+def _pieces(text: TextInput) -> str | tuple[str, str]:
+    return text.text if text.text_pair is None else (text.text, text.text_pair)
+
+
+def _arguments(text: TextInput) -> tuple[str, str | None]:
+    return text.text, text.text_pair
+
+
+def _to_domain(encoded: RustEncoding, truncated: bool) -> Encoding:
+    return Encoding(
+        input_ids=tuple(encoded.ids),
+        token_type_ids=tuple(encoded.type_ids),
+        offsets=tuple(encoded.offsets),
+        word_ids=tuple(encoded.word_ids),
+        truncated=truncated,
+    )

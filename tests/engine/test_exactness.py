@@ -1,0 +1,141 @@
+"""A task's scores are its own: whatever shares its batch, its row or its request changes nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from app.domain import Encoding, TaskVersion
+from app.engine.engine import Engine
+from tests.engine.models import (
+    FAMILY_NAMES,
+    LAYERS,
+    assert_close,
+    make_artifact,
+    random_encoding,
+    reference_scores,
+    run,
+    tiny_network,
+)
+
+MakeEngine = Callable[..., Engine]
+
+
+def _load(engine: Engine, **kinds: dict[str, object]) -> dict[str, TaskVersion]:
+    versions = {}
+    for seed, (task, options) in enumerate(kinds.items()):
+        artifact = make_artifact(engine.spec, task, seed=seed, **options)
+        engine.load(artifact)
+        versions[task] = artifact.version(1)
+    return versions
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "bare_mean": {},
+    "bare_cls_hidden": {"readout": "cls", "hidden": 8, "activation": "gelu"},
+    "bare_attention": {"readout": "attention", "layers": [1, 3], "num_queries": 3, "hidden": 6},
+    "bare_low": {"readout": "attention", "layers": [1], "num_queries": 1},
+    "full_offset": {"prefixes": [(5, 0)], "position_offset": 5},
+    "full_plain": {"prefixes": [(3, 0)], "problem_type": "multi_label_classification"},
+    "late_one": {"prefixes": [(7, 2)]},
+    "late_two": {"prefixes": [(7, 2)], "problem_type": "regression"},
+    "late_longer": {"prefixes": [(4, 3)], "readout": "attention", "layers": [2, 3, 4], "num_queries": 2, "hidden": 5},
+    "combined": {"prefixes": [(2, 1), (6, 3), (3, 2)], "readout": "attention", "layers": [1, 4], "num_queries": 2},
+    "tags": {"readout": "tokens", "layers": [2, 4], "problem_type": "token_classification", "labels": 5},
+    "late_tags": {
+        "prefixes": [(4, 1)], "readout": "tokens", "layers": [1, 4], "problem_type": "token_classification", "hidden": 9
+    },
+    "vector": {"problem_type": "embedding"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_task_in_a_mixed_batch_equals_the_task_alone(family: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(family)
+    versions = list(_load(engine, **KINDS).values())
+    chance = random.Random(7)
+    asked: list[tuple[Encoding, list[TaskVersion]]] = []
+    for seed in range(10):
+        encoding = random_encoding(chance.randint(3, 40), seed, pair=seed % 3 == 0)
+        asked.append((encoding, chance.sample(versions, chance.randint(1, len(versions)))))
+    together = run(engine, *asked)
+    for (encoding, wanted), outputs in zip(asked, together, strict=True):
+        for version, output in zip(wanted, outputs, strict=True):
+            ((alone,),) = run(engine, (encoding, [version]))
+            assert_close(output.scores, alone.scores)
+            assert output.tags == alone.tags
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_kind_of_task_equals_a_plain_one_row_forward(family: str, kind: str, make_engine: MakeEngine) -> None:
+    engine = make_engine(family)
+    artifact = make_artifact(engine.spec, kind, seed=3, **KINDS[kind])
+    engine.load(artifact)
+    network = tiny_network(family)
+    for seed, length in enumerate((4, 23)):
+        encoding = random_encoding(length, seed, pair=bool(seed))
+        ((output,),) = run(engine, (encoding, [artifact.version(1)]))
+        expected = reference_scores(network, artifact, encoding)
+        if output.tags:
+            assert output.tags == tuple(expected.argmax(-1).tolist())
+            expected = expected.amax(-1)
+        assert_close(output.scores, expected.tolist())
+
+
+def test_the_pooler_readout_is_the_backbones_own_pooler(make_engine: MakeEngine) -> None:
+    for family in ("bert", "albert", "roberta"):
+        engine = make_engine(family)
+        artifact = make_artifact(engine.spec, "pooled", readout="pooler", prefixes=[(4, 2)])
+        engine.load(artifact)
+        encoding = random_encoding(12, 1)
+        ((output,),) = run(engine, (encoding, [artifact.version(1)]))
+        assert_close(output.scores, reference_scores(tiny_network(family), artifact, encoding).tolist())
+
+
+def test_order_in_the_batch_changes_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine("bert")
+    versions = list(_load(engine, **KINDS).values())
+    asked = [(random_encoding(5 + 4 * i, i), versions) for i in range(6)]
+    forward, backward = run(engine, *asked), run(engine, *asked[::-1])[::-1]
+    for one, other in zip(forward, backward, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert_close(a.scores, b.scores)
+
+
+def test_chunks_of_a_batch_change_nothing(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("bert")
+    versions = list(_load(engine, **KINDS).values())
+    asked = [(random_encoding(6 + i, i), versions[i % 3 :]) for i in range(9)]
+    whole = run(engine, *asked)
+    for chunk_tokens in (1, 40, 100):
+        monkeypatch.setattr(engine, "_chunk_tokens", chunk_tokens)
+        for one, other in zip(whole, run(engine, *asked), strict=True):
+            for a, b in zip(one, other, strict=True):
+                assert_close(a.scores, b.scores)
+
+
+def test_a_text_with_more_branches_than_a_batch_holds_is_answered_in_parts(make_engine: MakeEngine) -> None:
+    kinds = {f"t{i}": {"prefixes": [(3, 2)]} for i in range(12)}
+    small, large = make_engine("bert", max_batch_tokens=100), make_engine("bert")
+    encoding = random_encoding(20, 5)
+    in_parts = run(small, (encoding, list(_load(small, **kinds).values())))[0]
+    at_once = run(large, (encoding, list(_load(large, **kinds).values())))[0]
+    for a, b in zip(in_parts, at_once, strict=True):
+        assert_close(a.scores, b.scores)
+
+
+def test_prefixes_and_texts_really_change_the_scores(make_engine: MakeEngine) -> None:
+    """Guards the tests above against tiny models that say the same of everything."""
+    engine = make_engine("bert")
+    prefixed = make_artifact(engine.spec, "a", prefixes=[(4, 2)], seed=1)
+    other_prefix = make_artifact(engine.spec, "b", prefixes=[(5, LAYERS - 1)], seed=1)
+    engine.load(prefixed)
+    engine.load(other_prefix)
+    one, two = random_encoding(9, 1), random_encoding(9, 2)
+    (first,), (second,) = run(engine, (one, [prefixed.version(1)]), (two, [prefixed.version(1)]))
+    ((third,),) = run(engine, (one, [other_prefix.version(1)]))
+    assert max(abs(a - b) for a, b in zip(first.scores, second.scores, strict=True)) > 1e-2
+    assert max(abs(a - b) for a, b in zip(first.scores, third.scores, strict=True)) > 1e-2
