@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from torch import Tensor, uint8
+from torch import Tensor
 
 from app.domain import (
     BackboneSpec,
@@ -31,14 +29,12 @@ from app.domain import (
     ReadoutKind,
     TaskVersion,
 )
-from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names
+from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, find_faults, prefix_digest, prompt_names
+from app.engine.heads import head_tensor_names
 from app.errors import ArtifactError
 
-FORMAT_VERSION = 1
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
-PROMPT = "prompt_embeddings"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _MAX_FILE_BYTES = 512 * 2**20
 
 
@@ -96,14 +92,10 @@ def build_artifact(
     manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec, digest: str, name: str
 ) -> Artifact:
     """An artifact from its parts, checked against `spec`. Raises ArtifactError with every fault."""
-    faults = _manifest_faults(manifest, spec)
-    if not faults:
-        faults = _tensor_faults(manifest, tensors, spec)
+    faults = find_faults(manifest, tensors, spec)
     if faults:
         raise ArtifactError(name, faults)
-    vectors = tuple(
-        unflatten_prefix(tensors[key], spec.num_heads, spec.head_size) for key in _prompt_names(manifest)
-    )
+    vectors = tuple(unflatten_prefix(tensors[key], spec.num_heads, spec.head_size) for key in prompt_names(manifest))
     head = {key: tensor for key, tensor in tensors.items() if not key.startswith(PROMPT)}
     return Artifact(digest, manifest, head, vectors)
 
@@ -132,19 +124,6 @@ def flatten_prefix(vectors: Tensor) -> Tensor:
     """The inverse of `unflatten_prefix`."""
     num_virtual_tokens = vectors.shape[3]
     return vectors.permute(3, 0, 1, 2, 4).reshape(num_virtual_tokens, -1).contiguous()
-
-
-def prefix_digest(flat: Tensor, first_layer: int) -> str:
-    """sha256 over a prefix's first layer, shape, dtype and bytes."""
-    digest = hashlib.sha256(f"{first_layer}{tuple(flat.shape)}{flat.dtype}".encode())
-    digest.update(flat.contiguous().view(dtype=uint8).numpy().data)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def feature_size(readout: Readout, hidden_size: int) -> int:
-    """The length of the vector (or of each token's vector) that a head reads."""
-    pooled = 1 + readout.num_queries if readout.kind is ReadoutKind.ATTENTION else 1
-    return len(readout.layers) * pooled * hidden_size
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -178,7 +157,7 @@ def _parse_tensors(content: bytes, faults: list[str]) -> dict[str, Tensor]:
 def _parse_json(content: bytes, name: str, faults: list[str]) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         faults.append(f"{name} is not JSON: {error}")
         return {}
     if not isinstance(parsed, dict):
@@ -244,190 +223,3 @@ def _peft_readout(config: Mapping[str, Any], is_hidden: bool) -> str:
     if config.get("task_type") == "TOKEN_CLS":
         return ReadoutKind.TOKENS
     return ReadoutKind.CLS if is_hidden else ReadoutKind.POOLER
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
-def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
-    faults: list[str] = []
-    if manifest.get("format_version") != FORMAT_VERSION:
-        faults.append(f"format_version is {manifest.get('format_version')}, this server reads {FORMAT_VERSION}")
-    if not _NAME.fullmatch(str(manifest.get("task", ""))):
-        faults.append("task must be a name of a-z, 0-9, _, . and -, 64 characters at most")
-    _check_choice(manifest.get("problem_type"), ProblemType, "problem_type", faults)
-    _check_choice(manifest.get("input", "text"), InputKind, "input", faults)
-    trained_on = _mapping(manifest, "backbone").get("fingerprint")
-    if trained_on is not None and trained_on != spec.fingerprint:
-        faults.append(
-            f"it was trained on the backbone with fingerprint {trained_on}, and this one is {spec.fingerprint}"
-        )
-    faults += _label_faults(manifest)
-    faults += _readout_faults(_mapping(manifest, "readout"), spec)
-    faults += _prefix_faults(manifest, spec)
-    if manifest.get("problem_type") != ProblemType.EMBEDDING:
-        faults += _head_faults(_mapping(manifest, "head"))
-    faults += _golden_faults(manifest.get("golden", []))
-    return faults
-
-
-def _mapping(manifest: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = manifest.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _check_choice(value: Any, choices: Any, name: str, faults: list[str]) -> None:
-    allowed = [choice.value for choice in choices]
-    if value not in allowed:
-        faults.append(f'{name} is "{value}": it must be one of {", ".join(allowed)}')
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _label_faults(manifest: Mapping[str, Any]) -> list[str]:
-    labels = manifest.get("labels")
-    problem_type = manifest.get("problem_type")
-    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
-        return ["labels must be a list of names"]
-    faults = []
-    if len(set(labels)) != len(labels):
-        faults.append("labels has a name twice")
-    least = {ProblemType.SINGLE_LABEL: 2, ProblemType.MULTI_LABEL: 1, ProblemType.TOKEN: 2}.get(problem_type, 0)
-    if len(labels) < least:
-        faults.append(f"{problem_type} needs at least {least} labels, and there are {len(labels)}")
-    thresholds = manifest.get("thresholds") or []
-    if not isinstance(thresholds, list) or not all(_is_number(t) for t in thresholds):
-        faults.append("thresholds must be a list of numbers")
-    elif thresholds and len(thresholds) != len(labels):
-        faults.append(f"there are {len(thresholds)} thresholds for {len(labels)} labels")
-    return faults
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _readout_faults(readout: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
-    faults: list[str] = []
-    _check_choice(readout.get("kind"), ReadoutKind, "readout.kind", faults)
-    layers = readout.get("layers")
-    if not isinstance(layers, list) or not layers or not all(_is_count(n, 1) for n in layers):
-        faults.append("readout.layers must be a list of layer numbers from 1")
-    elif sorted(set(layers)) != layers or layers[-1] > spec.num_layers:
-        faults.append(f"readout.layers must rise and stay within the backbone's {spec.num_layers} layers: {layers}")
-    if readout.get("kind") == ReadoutKind.ATTENTION and not _is_count(readout.get("num_queries"), 1):
-        faults.append("an attention readout needs num_queries of 1 or more")
-    if readout.get("kind") == ReadoutKind.POOLER:
-        if not spec.has_pooler:
-            faults.append("the readout is the backbone's pooler, and this backbone has none")
-        if layers != [spec.num_layers]:
-            faults.append("a pooler reads the last layer alone")
-    return faults
-
-
-def _prefix_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
-    prefixes = manifest.get("prefixes")
-    offset = manifest.get("position_offset", 0)
-    if not isinstance(prefixes, list) or not all(isinstance(p, dict) for p in prefixes):
-        return ["prefixes must be a list of objects"]
-    faults = []
-    for index, prefix in enumerate(prefixes):
-        if not isinstance(prefix.get("digest"), str):
-            faults.append(f"prefix {index} has no digest")
-        if not _is_count(prefix.get("num_virtual_tokens"), 1):
-            faults.append(f"prefix {index}: num_virtual_tokens must be 1 or more")
-        if not _is_count(prefix.get("first_layer")) or prefix["first_layer"] >= spec.num_layers:
-            faults.append(f"prefix {index}: first_layer must be in 0 … {spec.num_layers - 1}")
-    if not _is_count(offset) or offset >= spec.max_tokens:
-        faults.append(f"position_offset must be in 0 … {spec.max_tokens - 1}")
-    elif offset and not any(p.get("first_layer") == 0 for p in prefixes):
-        faults.append("a position_offset needs a prefix from layer 0 on: later forks share the trunk's positions")
-    return faults
-
-
-def _head_faults(head: Mapping[str, Any]) -> list[str]:
-    faults: list[str] = []
-    _check_choice(head.get("kind"), HeadKind, "head.kind", faults)
-    if head.get("activation", "tanh") not in ACTIVATIONS:
-        faults.append(f'head.activation is "{head.get("activation")}": it must be one of {", ".join(ACTIVATIONS)}')
-    return faults
-
-
-def _golden_faults(golden: Any) -> list[str]:
-    is_list = isinstance(golden, list)
-    if not is_list or not all(isinstance(g, dict) and isinstance(g.get("text"), str) for g in golden):
-        return ["golden must be a list of objects with a text"]
-    good = all(isinstance(g.get("scores"), list) and all(map(_is_number, g["scores"])) for g in golden)
-    return [] if good else ["golden examples must have scores, a list of numbers"]
-
-
-def _prompt_names(manifest: Mapping[str, Any]) -> list[str]:
-    count = len(manifest["prefixes"])
-    return [PROMPT] if count == 1 else [f"{PROMPT}.{i}" for i in range(count)]
-
-
-def _expected_shapes(manifest: Mapping[str, Any], spec: BackboneSpec) -> dict[str, tuple[int | None, ...]]:
-    """Name → shape of each tensor that must be there; None where the artifact chooses."""
-    width = 2 * spec.num_heads * spec.head_size
-    shapes: dict[str, tuple[int | None, ...]] = {
-        name: (prefix["num_virtual_tokens"], (spec.num_layers - prefix["first_layer"]) * width)
-        for name, prefix in zip(_prompt_names(manifest), manifest["prefixes"], strict=True)
-    }
-    layers, num_queries = manifest["readout"]["layers"], manifest["readout"].get("num_queries", 0)
-    readout = Readout(ReadoutKind(manifest["readout"]["kind"]), tuple(layers), num_queries)
-    if readout.kind is ReadoutKind.ATTENTION:
-        shapes[QUERIES] = (len(layers), num_queries, spec.hidden_size)
-    if manifest["problem_type"] == ProblemType.EMBEDDING:
-        return shapes
-    outputs = 1 if manifest["problem_type"] == ProblemType.REGRESSION else len(manifest["labels"])
-    features = feature_size(readout, spec.hidden_size)
-    kind = HeadKind(manifest["head"]["kind"])
-    names = head_tensor_names(kind)
-    if kind is HeadKind.LINEAR:
-        return shapes | dict(zip(names, ((outputs, features), (outputs,)), strict=True))
-    return shapes | dict(zip(names, ((None, features), (None,), (outputs, None), (outputs,)), strict=True))
-
-
-def _tensor_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec) -> list[str]:
-    faults: list[str] = []
-    expected = _expected_shapes(manifest, spec)
-    for name, shape in expected.items():
-        if name not in tensors:
-            faults.append(f"tensor {name} is missing")
-        elif not _fits(tensors[name], shape):
-            wanted = " × ".join("any" if n is None else str(n) for n in shape)
-            faults.append(f"tensor {name} has shape {' × '.join(map(str, tensors[name].shape))}, not {wanted}")
-        elif not tensors[name].is_floating_point():
-            faults.append(f"tensor {name} is of type {tensors[name].dtype}, not floating point")
-        elif not bool(tensors[name].isfinite().all()):
-            faults.append(f"tensor {name} has values that are not finite")
-    unknown = sorted(set(tensors) - set(expected))
-    if unknown:
-        faults.append(f"tensors that nothing reads: {', '.join(unknown)}")
-    if not faults:
-        faults += _hidden_size_faults(manifest, tensors)
-        faults += _digest_faults(manifest, tensors)
-    return faults
-
-
-def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
-    return tensor.dim() == len(shape) and all(w in (None, n) for n, w in zip(tensor.shape, shape, strict=True))
-
-
-def _hidden_size_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    if manifest["problem_type"] == ProblemType.EMBEDDING or manifest["head"]["kind"] != HeadKind.HIDDEN:
-        return []
-    weight, bias, out, _ = (tensors[name] for name in head_tensor_names(HeadKind.HIDDEN))
-    if weight.shape[0] == bias.shape[0] == out.shape[1]:
-        return []
-    return [f"the head's parts do not fit: dense {tuple(weight.shape)}, out_proj {tuple(out.shape)}"]
-
-
-def _digest_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name} has not the digest that the manifest states: it was changed or damaged"
-        for name, prefix in zip(_prompt_names(manifest), manifest["prefixes"], strict=True)
-        if prefix_digest(tensors[name], prefix["first_layer"]) != prefix["digest"]
-    ]

@@ -42,7 +42,7 @@ def attend(
     segments: Sequence[Segment] | None = None,
     **_: Any,  # what else a family passes (causality, windows): the segments' masks say it all
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention over each row's prefix and text. Returns ([rows, tokens, heads, head size], None)."""
+    """Scaled dot-product attention over each row's prefix and text → [rows, tokens, heads, head size]."""
     if segments is None:
         segments = (Segment(0, query.shape[0], None, None, attention_mask),)
     parts = [_attend(query, key, value, segment, scaling, dropout) for segment in segments]
@@ -56,9 +56,7 @@ def _attend(
     query, key, value = query[rows], key[rows], value[rows]
     if segment.key is not None and segment.value is not None:
         key, value = torch.cat((segment.key, key), dim=2), torch.cat((segment.value, value), dim=2)
-    states = scaled_dot_product_attention(
-        query, key, value, attn_mask=segment.mask, dropout_p=dropout, scale=scaling
-    )
+    states = scaled_dot_product_attention(query, key, value, attn_mask=segment.mask, dropout_p=dropout, scale=scaling)
     return states.transpose(1, 2)
 
 

@@ -43,10 +43,10 @@ class Backbone:
         path = _embedded_path() if model == EMBEDDED else model
         chosen_device = _choose_device(device)
         chosen_dtype = _choose_dtype(dtype, chosen_device)
-        config = _load_config(path)
+        _check_family(path)
         network, has_pooler = _load_model(path)
         name = Path(path).name if model != EMBEDDED else "all-MiniLM-L6-v2"
-        return cls.from_model(network, name, path, chosen_device, chosen_dtype, has_pooler, config)
+        return cls.from_model(network, name, path, chosen_device, chosen_dtype, has_pooler)
 
     @classmethod
     def from_model(
@@ -57,10 +57,9 @@ class Backbone:
         device: str = "cpu",
         dtype: str = "float32",
         has_pooler: bool | None = None,
-        config: Any = None,
     ) -> Backbone:
         """A backbone around an encoder in memory, whose weights are in float32 still."""
-        config = config if config is not None else network.config
+        config: Any = network.config
         family = _family_of(config)(network)
         if has_pooler is None:
             has_pooler = getattr(network, "pooler", None) is not None
@@ -77,7 +76,7 @@ class Backbone:
             device=device,
             dtype=dtype,
         )
-        network.config._attn_implementation = attention.NAME
+        config._attn_implementation = attention.NAME
         frozen = network.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
         return cls(frozen, spec, path)
 
@@ -156,13 +155,12 @@ def _embedded_path() -> str:
     return str(get_model_path())
 
 
-def _load_config(path: str) -> Any:
+def _check_family(path: str) -> None:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise BackboneError(f"no model can be loaded from {path}: {_first_line(error)}") from error
     _family_of(config)
-    return config
 
 
 def _family_of(config: Any) -> type[Family]:

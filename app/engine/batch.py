@@ -161,7 +161,9 @@ def _chunks(blocks: Sequence[Block], chunk_rows: int | None) -> Iterator[tuple[P
     yield tuple(placed)
 
 
-def _sources(placed: Sequence[Placed], where: Mapping[tuple[int, int], tuple[int, slice]]) -> tuple[tuple[int, slice], ...]:
+def _sources(
+    placed: Sequence[Placed], where: Mapping[tuple[int, int], tuple[int, slice]]
+) -> tuple[tuple[int, slice], ...]:
     """Neighbours in one chunk are one slice, so that rows which did not change are not copied."""
     if not where:
         return ()

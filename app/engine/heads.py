@@ -29,9 +29,7 @@ _CLASSIFIER = "base_model.classifier."
 def head_tensor_names(kind: HeadKind) -> tuple[str, ...]:
     """The tensors of a head in an artifact's safetensors, in PEFT's names."""
     parts = ("dense", "out_proj") if kind is HeadKind.HIDDEN else ("",)
-    return tuple(
-        f"{_CLASSIFIER}{part}{'.' if part else ''}{leaf}" for part in parts for leaf in ("weight", "bias")
-    )
+    return tuple(f"{_CLASSIFIER}{part}{'.' if part else ''}{leaf}" for part in parts for leaf in ("weight", "bias"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

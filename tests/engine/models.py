@@ -27,7 +27,8 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from app.domain import BackboneSpec, Encoding, EngineRequest, TaskOutput, TaskVersion
-from app.engine.artifact import Artifact, build_artifact, prefix_digest
+from app.engine.artifact import Artifact, build_artifact
+from app.engine.artifact_checks import prefix_digest
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
 from app.engine.plan import make_plan
@@ -51,13 +52,25 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "camembert": CamembertConfig(**_LEARNED),
     "electra": ElectraConfig(**_LEARNED, embedding_size=16),
     "distilbert": DistilBertConfig(
-        vocab_size=VOCABULARY, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=48, max_position_embeddings=96,
+        vocab_size=VOCABULARY,
+        dim=32,
+        n_layers=LAYERS,
+        n_heads=4,
+        hidden_dim=48,
+        max_position_embeddings=96,
         initializer_range=0.3,
     ),
     "albert": AlbertConfig(**_LEARNED, embedding_size=16, num_hidden_groups=2),
     "modernbert": ModernBertConfig(
-        **_SHAPE, max_position_embeddings=96, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        **_SHAPE,
+        max_position_embeddings=96,
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
     ),
 }
 FAMILY_NAMES = tuple(CONFIGS)
@@ -221,7 +234,9 @@ def _head(manifest: Any, tensors: Any, features: Tensor) -> Tensor:
         return features / features.norm()
     head = "base_model.classifier"
     if manifest["head"]["kind"] == "hidden":
-        activation = {"tanh": torch.tanh, "gelu": nn.functional.gelu, "relu": torch.relu}[manifest["head"]["activation"]]
+        activation = {"tanh": torch.tanh, "gelu": nn.functional.gelu, "relu": torch.relu}[
+            manifest["head"]["activation"]
+        ]
         inner = features @ tensors[f"{head}.dense.weight"].T + tensors[f"{head}.dense.bias"]
         logits = activation(inner) @ tensors[f"{head}.out_proj.weight"].T + tensors[f"{head}.out_proj.bias"]
     else:

@@ -45,7 +45,11 @@ KINDS: dict[str, dict[str, object]] = {
     "combined": {"prefixes": [(2, 1), (6, 3), (3, 2)], "readout": "attention", "layers": [1, 4], "num_queries": 2},
     "tags": {"readout": "tokens", "layers": [2, 4], "problem_type": "token_classification", "labels": 5},
     "late_tags": {
-        "prefixes": [(4, 1)], "readout": "tokens", "layers": [1, 4], "problem_type": "token_classification", "hidden": 9
+        "prefixes": [(4, 1)],
+        "readout": "tokens",
+        "layers": [1, 4],
+        "problem_type": "token_classification",
+        "hidden": 9,
     },
     "vector": {"problem_type": "embedding"},
 }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from app.domain import Encoding, TaskVersion
-from app.engine.artifact import build_artifact, prefix_digest, read_artifact
+from app.engine.artifact import build_artifact, read_artifact
+from app.engine.artifact_checks import prefix_digest
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
 from tests.engine.models import CONFIGS, assert_close, random_encoding, run
@@ -116,9 +117,7 @@ def test_a_combination_equals_peft_with_one_longer_prefix(family: str, tmp_path:
     with torch.no_grad():
         longer.prompt_encoder["default"].embedding.weight.copy_(torch.cat(flat))
     manifest = dict(parts[0].manifest) | {
-        "prefixes": [
-            {"digest": prefix_digest(f, 0), "num_virtual_tokens": f.shape[0], "first_layer": 0} for f in flat
-        ],
+        "prefixes": [{"digest": prefix_digest(f, 0), "num_virtual_tokens": f.shape[0], "first_layer": 0} for f in flat],
         "position_offset": 11,
     }
     tensors = dict(_head_of(tmp_path / "longer")) | {f"prompt_embeddings.{i}": f for i, f in enumerate(flat)}
@@ -131,13 +130,9 @@ def test_a_combination_equals_peft_with_one_longer_prefix(family: str, tmp_path:
 
 
 def _flat_of(path: Path) -> Tensor:
-    from safetensors.torch import load_file
-
     return load_file(path / "adapter_model.safetensors")["prompt_embeddings"]
 
 
 def _head_of(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     tensors = load_file(path / "adapter_model.safetensors")
     return {name: tensor for name, tensor in tensors.items() if name != "prompt_embeddings"}

@@ -1,0 +1,252 @@
+"""Futures always end: with scores, with an error, or cancelled; and one fault never takes others along."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+import app.engine.engine as engine_module
+from app.domain import EngineRequest, TaskVersion
+from app.engine.engine import Engine
+from app.engine.plan import make_plan
+from app.errors import DeadlineError, EngineError, NotFoundError, UnavailableError
+from tests.engine.models import assert_close, make_artifact, random_encoding, run, tiny_backbone
+
+MakeEngine = Callable[..., Engine]
+
+
+def _load(engine: Engine, name: str, seed: int = 0, **options: object) -> TaskVersion:
+    artifact = make_artifact(engine.spec, name, seed=seed, **options)
+    engine.load(artifact)
+    return artifact.version(1)
+
+
+def _request(engine: Engine, *versions: TaskVersion, deadline_s: float | None = None, seed: int = 0) -> EngineRequest:
+    return EngineRequest((make_plan(random_encoding(9, seed), versions, engine.spec.num_layers),), deadline_s)
+
+
+class _Gate:
+    """Holds the engine's thread inside a batch until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self._open = threading.Event(), threading.Event()
+        self.batches: list[int] = []
+        real = engine_module.run_batch
+
+        def held(batch, backbone):  # type: ignore[no-untyped-def]
+            self.batches.append(len(batch.works))
+            self.entered.set()
+            assert self._open.wait(30)
+            return real(batch, backbone)
+
+        monkeypatch.setattr(engine_module, "run_batch", held)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_a_version_that_is_not_loaded_is_refused_not_answered_by_the_bare_backbone(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine()
+    unloaded = make_artifact(engine.spec, "ghost").version(1)
+    with pytest.raises(NotFoundError, match="is not loaded"):
+        engine.submit(_request(engine, unloaded))
+
+
+def test_a_request_without_texts_ends_at_once(make_engine: MakeEngine) -> None:
+    assert make_engine().submit(EngineRequest(())).result(timeout=5).outputs == ()
+
+
+def test_a_task_that_fails_fails_alone(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    good, broken, infinite = (_load(engine, name, seed) for seed, name in enumerate(("good", "broken", "infinite")))
+    engine.bank.get(broken.digest).head.out.weight.resize_(3, 5)
+    engine.bank.get(infinite.digest).head.out.bias.fill_(float("nan"))
+    ((alone,),) = run(engine, (random_encoding(9, 0), [good]))
+    ((ok, failed, not_finite),) = run(engine, (random_encoding(9, 0), [good, broken, infinite]))
+    assert_close(ok.scores, alone.scores)
+    assert failed.error is not None and not failed.scores
+    assert not_finite.error == "its scores are not finite"
+    assert engine.alive
+
+
+def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+
+    def explode(batch, backbone):  # type: ignore[no-untyped-def]
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "run_batch", explode)
+        with pytest.raises(EngineError, match="out of memory"):
+            engine.submit(_request(engine, version)).result(timeout=10)
+    assert engine.alive
+    assert engine.submit(_request(engine, version)).result(timeout=10).outputs[0][0].error is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_thread_dies_every_waiter_is_told_and_later_ones_are_refused(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+
+    def die() -> None:
+        raise MemoryError("scheduler broke")
+
+    monkeypatch.setattr(engine._scheduler, "next_batch", die)
+    with pytest.raises(UnavailableError, match="engine died"):
+        engine.submit(_request(engine, version)).result(timeout=10)
+    assert not engine.alive
+    with pytest.raises(UnavailableError, match="engine died"):
+        engine.submit(_request(engine, version))
+
+
+def test_closing_tells_everyone_who_waits(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    running = engine.submit(_request(engine, version))
+    assert gate.entered.wait(10)
+    waiting = engine.submit(_request(engine, version))
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    time.sleep(0.05)
+    gate.open()
+    closer.join(10)
+    assert running.result(timeout=10).outputs
+    with pytest.raises(UnavailableError):
+        waiting.result(timeout=10)
+    with pytest.raises(UnavailableError):
+        engine.submit(_request(engine, version))
+
+
+def test_an_engine_that_was_not_started_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_backbone("bert"))
+    version = _load(engine, "task")
+    with pytest.raises(UnavailableError, match="does not run"):
+        engine.submit(_request(engine, version))
+
+
+def test_a_cancelled_request_is_dropped_before_it_runs(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    first = engine.submit(_request(engine, version))
+    assert gate.entered.wait(10)
+    gone, kept = engine.submit(_request(engine, version)), engine.submit(_request(engine, version))
+    assert gone.cancel()
+    gate.open()
+    first.result(timeout=10)
+    kept.result(timeout=10)
+    assert gate.batches == [1, 1]
+    with pytest.raises(CancelledError):
+        gone.result(timeout=10)
+
+
+def test_work_whose_deadline_passed_in_the_queue_is_dropped(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    first = engine.submit(_request(engine, version))
+    assert gate.entered.wait(10)
+    late = engine.submit(_request(engine, version, deadline_s=time.monotonic() + 0.01))
+    time.sleep(0.05)
+    gate.open()
+    first.result(timeout=10)
+    with pytest.raises(DeadlineError):
+        late.result(timeout=10)
+    assert gate.batches == [1]
+
+
+def test_requests_that_queue_while_a_batch_runs_share_the_next(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    futures = [engine.submit(_request(engine, version))]
+    assert gate.entered.wait(10)
+    futures += [engine.submit(_request(engine, version, seed=i)) for i in range(5)]
+    gate.open()
+    for future in futures:
+        future.result(timeout=10)
+    assert gate.batches == [1, 5]
+
+
+def test_a_version_unloaded_in_flight_still_answers_those_who_came_before(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task", prefixes=[(3, 1)])
+    expected = engine.submit(_request(engine, version)).result(timeout=10).outputs
+    gate = _Gate(monkeypatch)
+    first = engine.submit(_request(engine, version))
+    assert gate.entered.wait(10)
+    queued = engine.submit(_request(engine, version))
+    engine.unload(version.digest)
+    gate.open()
+    first.result(timeout=10)
+    assert queued.result(timeout=10).outputs == expected
+    with pytest.raises(NotFoundError):
+        engine.submit(_request(engine, version))
+
+
+def test_many_threads_may_submit_load_and_unload_at_once(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    steady = _load(engine, "steady")
+    expected = engine.submit(_request(engine, steady)).result(timeout=10).outputs[0][0].scores
+    faults: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for round_ in range(15):
+                mine = _load(engine, f"own{seed}", seed * 100 + round_, prefixes=[(2, 2)])
+                result = engine.submit(_request(engine, steady, mine)).result(timeout=30)
+                assert_close(result.outputs[0][0].scores, expected)
+                engine.unload(mine.digest)
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not faults
+    assert len(engine.bank) == 1
+
+
+def test_versions_with_the_same_prefix_share_its_vectors(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    one = _load(engine, "one", prefixes=[(4, 2)])
+    two = _load(engine, "two", prefixes=[(4, 2)])
+    assert one.prefixes == two.prefixes
+    assert engine.bank.get(one.digest).prefixes[0] is engine.bank.get(two.digest).prefixes[0]
+
+
+def test_bfloat16_stays_near_float32(make_engine: MakeEngine) -> None:
+    from app.engine.backbone import Backbone
+    from tests.engine.models import tiny_network
+
+    exact = make_engine("bert")
+    rough = Engine(Backbone.from_model(tiny_network("bert"), "tiny", dtype="bfloat16"))
+    rough.start()
+    version = _load(exact, "task", prefixes=[(4, 2)])
+    assert _load(rough, "task", prefixes=[(4, 2)]) == version
+    ((a,),), ((b,),) = (run(e, (random_encoding(15, 1), [version])) for e in (exact, rough))
+    rough.close()
+    assert torch.tensor(a.scores).sub(torch.tensor(b.scores)).abs().max() < 5e-2
