@@ -1,0 +1,90 @@
+# make run, make test, make check: each makes .venv where it is missing and installs what the lock says.
+# On a machine without a GPU, `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make run` spares the CUDA packages.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+OMP_NUM_THREADS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install run test check bench bench-peers format lock clean
+
+help:
+	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
+	@echo "make test     run the tests                       make test ARGS=\"-k plan\""
+	@echo "make check    ruff, mypy, hadolint"
+	@echo "make bench    run the benchmarks                  make bench-peers installs what they compare with"
+	@echo "make format   rewrite the sources as ruff would"
+	@echo "make lock     resolve pyproject.toml anew into the lock"
+	@echo "make clean    remove the environments and caches"
+
+install: $(VENV)/.dev
+
+run: $(VENV)/.runtime
+	@exec $(BIN)/manifold serve $(ARGS)
+
+# Waiting threads sleep instead of spinning: on a machine shared with others that is ten times faster.
+test: export OMP_WAIT_POLICY := PASSIVE
+test: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
+test: export TOKENIZERS_PARALLELISM := false
+test: export HF_HUB_OFFLINE := 1
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench $(ARGS)
+
+bench-peers: .venv-adapterhub/.installed
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/bin/python
+	$(BIN)/python tools/lock.py
+
+clean:
+	rm -rf $(VENV) .venv-adapterhub build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
+	find app tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second call instant; a changed lock or pyproject.toml installs again.
+
+$(VENV)/bin/python:
+	@$(call make_venv,$(VENV))
+
+$(VENV)/.runtime: $(VENV)/bin/python requirements.lock pyproject.toml
+	@$(BIN)/python -m pip install --quiet -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
+	@$(BIN)/python -m pip install --quiet -r requirements-dev.lock
+	@touch $@
+
+.venv-adapterhub/bin/python:
+	@$(call make_venv,.venv-adapterhub)
+
+.venv-adapterhub/.installed: .venv-adapterhub/bin/python tests/bench/peers/requirements-adapterhub.txt
+	@.venv-adapterhub/bin/python -m pip install --quiet -r tests/bench/peers/requirements-adapterhub.txt
+	@touch $@
+
+# The first of PYTHON, python3.11, python3 and python that is a working Python 3.11.
+define make_venv
+for python in $(PYTHON) python3.11 python3 python; do \
+	if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then break; fi; \
+	python=; \
+done; \
+if [ -z "$$python" ]; then echo "Python 3.11 is needed; name it with: make PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+echo "Installing into $(1); the first time takes a few minutes." >&2; \
+"$$python" -m venv $(1)
+endef
