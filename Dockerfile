@@ -1,0 +1,45 @@
+# docker build -t manifold .                             CPU
+# docker build -t manifold:cuda --build-arg VARIANT=cuda .
+# docker run --rm -p 127.0.0.1:8080:8080 manifold        (CUDA: add --gpus all)
+
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim-bookworm AS build
+ARG VARIANT=cpu
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PATH=/opt/manifold/bin:$PATH
+WORKDIR /src
+RUN python -m venv /opt/manifold
+COPY requirements.lock ./
+# PyPI's torch brings CUDA with it; the CPU build of the same pin comes from PyTorch's own index.
+RUN case "$VARIANT" in \
+      cpu) pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' requirements.lock)" ;; \
+      cuda) ;; \
+      *) echo "VARIANT is cpu or cuda, not $VARIANT" >&2; exit 1 ;; \
+    esac \
+    && pip install -r requirements.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY app app
+COPY prefixes prefixes
+RUN pip install --no-deps .
+
+FROM python:${PYTHON}-slim-bookworm
+RUN useradd --system --no-log-init --uid 10001 --home-dir /var/lib/manifold --create-home manifold
+COPY --from=build /opt/manifold /opt/manifold
+# A container's loopback reaches nobody, so it listens on every address; who may reach it is decided by what publishes
+# the port. The embedded backbone needs no model hub: to serve one from there, set HF_HUB_OFFLINE=0.
+ENV PATH=/opt/manifold/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    MANIFOLD_HOST=0.0.0.0 \
+    MANIFOLD_PORT=8080 \
+    MANIFOLD_ALLOW_REMOTE=true \
+    MANIFOLD_LOG_FORMAT=json \
+    HF_HOME=/var/lib/manifold/hub \
+    HF_HUB_OFFLINE=1
+USER 10001
+WORKDIR /var/lib/manifold
+EXPOSE 8080
+COPY docker/ready.py /opt/manifold/ready.py
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["python", "/opt/manifold/ready.py"]
+ENTRYPOINT ["manifold"]
+CMD ["serve"]
