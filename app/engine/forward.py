@@ -159,13 +159,13 @@ def _take(read: Read, states: Tensor, layer: int, batch: Batch, inputs: _Inputs,
     """Read one block's states [rows, tokens, d] behind one layer for all its readers at once."""
     cohort = batch.cohorts[read.block.cohort]
 
-    def keep(version: int, piece: Tensor) -> None:
-        pieces.setdefault((read.block.cohort, version), []).append(piece)
+    def keep(version: int, *read_here: Tensor) -> None:
+        pieces.setdefault((read.block.cohort, version), []).extend(read_here)
 
     if read.pooled:
         mask = None if inputs.text_mask is None else inputs.text_mask[read.block.plans]
-        for version, piece in _pooled(cohort, read.pooled, states, layer, mask):
-            keep(version, piece)
+        for version, mean_and_own in _pooled(cohort, read.pooled, states, layer, mask):
+            keep(version, *mean_and_own)
     for version in read.first_token:
         keep(version, states[:, :1].float())
     if read.pooler:
@@ -178,18 +178,18 @@ def _take(read: Read, states: Tensor, layer: int, batch: Batch, inputs: _Inputs,
 
 def _pooled(
     cohort: Cohort, versions: Sequence[int], states: Tensor, layer: int, mask: Tensor | None
-) -> Iterator[tuple[int, Tensor]]:
-    """(version, [rows, 1 + its queries, d]): one matrix product for all queries of all versions."""
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """(version, the mean and what its own queries found): one matrix product for all queries of all versions."""
     own = {i: _queries(cohort, i, layer) for i in versions}
     present = [queries for queries in own.values() if queries is not None]
-    pooled = pool_tokens(states, torch.cat(present) if present else None, mask)
-    mean, start = pooled[:, :1], 1
+    mean, *attended = pool_tokens(states, torch.cat(present) if present else None, mask)
+    start = 0
     for version, queries in own.items():
         if queries is None:
-            yield version, mean
+            yield version, (mean,)
             continue
         stop = start + queries.shape[0]
-        yield version, torch.cat((mean, pooled[:, start:stop]), dim=1)
+        yield version, (mean, attended[0][:, start:stop])
         start = stop
 
 

@@ -1,7 +1,7 @@
 """Readouts and heads: from the states of rows to scores. Knows tensors and readouts; nothing of batches or threads.
 
 The attention readout is one softmax over a row's tokens for each learned query (score = query · state, with the key
-projection folded into the query). The mean is the same with a query of zeros, so one product serves both.
+projection folded into the query), beside the mean of the layer.
 """
 
 from __future__ import annotations
@@ -73,27 +73,27 @@ class ResidentHead:
         return features if self.out is None else self.out(features)
 
 
-def pool_tokens(states: Tensor, queries: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The mean and each query's attention result over a row's tokens.
+def pool_tokens(states: Tensor, queries: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """A row's mean over its tokens, [rows, 1, d], and behind it each query's attention result, [rows, q, d].
 
-    states [rows, tokens, d], queries [q, d] or None, mask bool [rows, tokens] (True: a token of the text) or None
-    → [rows, 1 + q, d] in float32; entry 0 is the mean.
+    states [rows, tokens, d], queries [q, d] or None, mask bool [rows, tokens] (True: a token of the text) or None.
+    Everything in float32.
     """
     states = states.float()
+    mean = _mean(states, mask)
     if queries is None:
-        return _mean(states, mask).unsqueeze(1)
+        return (mean,)
     scores = torch.matmul(states, queries.t())  # [rows, tokens, q]
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(-1), float("-inf"))
-    weights = torch.softmax(scores, dim=1).transpose(1, 2)  # [rows, q, tokens]
-    return torch.cat((_mean(states, mask).unsqueeze(1), torch.bmm(weights, states)), dim=1)
+    return mean, torch.bmm(torch.softmax(scores, dim=1).transpose(1, 2), states)
 
 
 def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return states.mean(dim=1)
+        return states.mean(dim=1, keepdim=True)
     weights = mask.to(states.dtype) / mask.sum(dim=1, keepdim=True)
-    return torch.bmm(weights.unsqueeze(1), states).squeeze(1)
+    return torch.bmm(weights.unsqueeze(1), states)
 
 
 def scores_of(problem_type: ProblemType, logits: Tensor) -> Tensor:
@@ -110,6 +110,6 @@ def scores_of(problem_type: ProblemType, logits: Tensor) -> Tensor:
 
 
 def join_layers(pieces: Sequence[Tensor]) -> Tensor:
-    """Pooled pieces [rows, 1 + q, d], one a layer read → features [rows, layers · (1 + q) · d]."""
+    """Pooled pieces [rows, n, d], layer by layer → features [rows, all n · d]."""
     flat = [piece.reshape(piece.shape[0], -1) for piece in pieces]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
