@@ -1,0 +1,71 @@
+"""Probes and /info. They take no permit and touch no worker, so a full server still answers them."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter
+
+from app.api.dependencies import CurrentRuntime
+from app.api.errors import error_responses
+from app.api.schemas import BackboneView, Health, HealthDetails, Info, LimitsView
+from app.config import Settings
+from app.domain import BackboneSpec
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez", responses=error_responses(503))
+async def livez(runtime: CurrentRuntime) -> Health:
+    """503 only where a restart is the cure: the engine is dead. Stays 200 while draining."""
+    runtime.check_live()
+    return Health()
+
+
+@router.get("/readyz", responses=error_responses(503))
+async def readyz(runtime: CurrentRuntime) -> Health:
+    """200 while new requests are welcome: loaded, a forward succeeded, the engine lives, not draining."""
+    runtime.check_ready()
+    return Health()
+
+
+@router.get("/healthz", responses=error_responses(503))
+async def healthz(runtime: CurrentRuntime) -> HealthDetails:
+    """Ready, with figures for people."""
+    runtime.check_ready()
+    return HealthDetails(
+        generation=runtime.catalog.snapshot.generation,
+        tasks=len(runtime.catalog.snapshot.tasks),
+        queue_rows=runtime.engine.queue_rows,
+        in_flight=runtime.admission.in_flight,
+    )
+
+
+@router.get("/info", responses=error_responses(500))
+async def info(runtime: CurrentRuntime) -> Info:
+    """The backbone, what is live, what was left out and why, and the limits."""
+    snapshot = runtime.catalog.snapshot
+    return Info(
+        software=software_version(),
+        backbone=_backbone(runtime.engine.spec),
+        generation=snapshot.generation,
+        tasks=sorted(snapshot.tasks),
+        representations=sorted(snapshot.representations),
+        left_out=dict(runtime.catalog.left_out),
+        limits=_limits(runtime.settings),
+    )
+
+
+def software_version() -> str:
+    try:
+        return version("manifold")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "0+unknown"
+
+
+def _backbone(spec: BackboneSpec) -> BackboneView:
+    return BackboneView.model_validate(spec, from_attributes=True)
+
+
+def _limits(settings: Settings) -> LimitsView:
+    return LimitsView.model_validate(settings, from_attributes=True)

@@ -1,0 +1,147 @@
+"""What every request passes, as plain ASGI: id, time, an answer to any error, a bounded body, a client that stays.
+
+Knows nothing of endpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import error_response
+from app.errors import EngineError, ManifoldError, TooLargeError
+
+logger = logging.getLogger(__name__)
+_MAX_REQUEST_ID = 128
+
+
+class Border:
+    """Gives each request an id (the caller's where it is sane) and its time; every exception becomes an answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began_s = time.monotonic()
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        has_begun = False
+
+        async def send_stamped(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-total-time"] = milliseconds(time.monotonic() - began_s)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_stamped)
+        except Exception as error:
+            _log(error, request_id)
+            if has_begun:
+                raise
+            await error_response(error)(scope, receive, send_stamped)
+
+
+class Body:
+    """Reads the body up to a limit before the app runs; while the app runs, cancels it when the client goes."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self.app = app
+        self.limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
+            return await self.app(scope, receive, send)
+        self._check(_declared_length(scope))
+        body = await self._read(receive)
+        if body is not None:
+            await self._run_while_connected(body, scope, receive, send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body, or None where the client went before it had sent it."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            self._check(len(body))
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _check(self, length: int) -> None:
+        if length > self.limit_bytes:
+            raise TooLargeError(f"the body is larger than {self.limit_bytes} bytes: send less text at once")
+
+    async def _run_while_connected(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_until_gone(receive))
+        replay = _Replay(body, gone)
+        work = asyncio.ensure_future(self.app(scope, replay.receive, send))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            has_gone = gone.done() and not work.done()
+            gone.cancel()
+            if not work.done():
+                work.cancel()
+        await _outcome(work, has_gone)
+
+
+class _Replay:
+    """Hands the app the body that was read already; after it, only the client's going is left to hear of."""
+
+    def __init__(self, body: bytes, gone: asyncio.Task[None]) -> None:
+        self._body: bytes | None = body
+        self._gone = gone
+
+    async def receive(self) -> Message:
+        if self._body is None:
+            await asyncio.wait((self._gone,))
+            return {"type": "http.disconnect"}
+        body, self._body = self._body, None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _outcome(work: asyncio.Future[None], has_gone: bool) -> None:
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not has_gone:
+            raise
+
+
+def milliseconds(duration_s: float) -> str:
+    return f"{duration_s * 1000:.2f}"
+
+
+def _request_id(given: str | None) -> str:
+    """The caller's own id where it is short and plain, so that it can stand in any log; else a new one."""
+    if given and len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
+        return given
+    return uuid.uuid4().hex
+
+
+def _declared_length(scope: Scope) -> int:
+    declared = Headers(scope=scope).get("content-length", "")
+    return int(declared) if declared.isascii() and declared.isdecimal() else 0
+
+
+def _log(error: Exception, request_id: str) -> None:
+    """Callers' mistakes are theirs to read; what is ours goes to the log with its trace."""
+    if not isinstance(error, ManifoldError) or isinstance(error, EngineError):
+        logger.error("request failed: %s", error, exc_info=error, extra={"request_id": request_id})

@@ -1,0 +1,117 @@
+"""Settings: the only reader of the environment. One name in three forms: option, MANIFOLD_* variable, `.env` line.
+
+Knows what each setting means and which values can work; nothing of who uses them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.errors import SettingsError
+
+ENV_PREFIX = "MANIFOLD_"
+SHIPPED_PREFIXES = Path(__file__).resolve().parents[1] / "prefixes"
+
+
+def _split_commas(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Descriptions and defaults here are what `manifold serve --help` prints."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", allow_inf_nan=False
+    )
+
+    model: str = Field("embedded", description="the backbone: a folder, a Hugging Face id, or embedded (MiniLM)")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto, float32, bfloat16 or float16; auto takes bfloat16 where it is fast and exact enough"
+    )
+    prefixes: Path = Field(SHIPPED_PREFIXES, description="the folder of artifacts that are served")
+
+    host: str = Field("127.0.0.1", description="the address to listen on; loopback only, unless allow_remote")
+    port: int = Field(8080, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
+    allow_remote: bool = Field(False, description="listen on any address although no keys protect the server")
+    cors_allow_origins: CommaSeparated = Field((), description="origins that browsers may call from, comma-separated")
+
+    max_batch_tokens: int = Field(16384, ge=1, description="rows x (tokens + prefix) that one batch may hold")
+    max_batch_rows: int = Field(512, ge=1, description="rows that one batch may hold")
+    max_queue_delay_ms: float = Field(0.0, ge=0, le=1000, description="how long a batch waits to be filled")
+    max_concurrent_requests: int = Field(512, ge=1, description="requests at work at once; more are answered 429")
+    max_client_batch_size: int = Field(32, ge=1, description="inputs of one request; more are answered 413")
+    payload_limit_bytes: int = Field(2_000_000, ge=1, description="bytes of one body; more are answered 413")
+    deadline_ms: float = Field(30_000.0, gt=0, description="time for one request; past it the answer is 504")
+    tokenization_workers: int = Field(2, ge=1, le=256, description="threads that tokenize")
+    threads: int | None = Field(None, ge=1, le=4096, description="threads of one operator on CPU; unset leaves torch's")
+
+    log_format: Literal["text", "json"] = Field("text", description="text or json, a line an event")
+    drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
+    drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
+
+    @model_validator(mode="after")
+    def _loopback_unless_allowed(self) -> Self:
+        if not self.allow_remote and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines and no keys protect the server: "
+                f"keep 127.0.0.1, or say so with --allow-remote ({env_name('allow_remote')}=true)"
+            )
+        return self
+
+
+def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
+    """Settings from overrides, the environment, `.env` and defaults, in this order. Raises SettingsError."""
+    try:
+        return Settings(**dict(overrides or {}))  # type: ignore[arg-type]  # what the mapping holds is validated
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(detail) for detail in error.errors())) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env cannot be read: {error}") from error
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def env_name(field: str) -> str:
+    return ENV_PREFIX + field.upper()
+
+
+def local_url(settings: Settings) -> str:
+    """Where a client on this machine finds a server with the same settings."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    host = everywhere.get(settings.host) or (f"[{settings.host}]" if ":" in settings.host else settings.host)
+    return f"http://{host}:{settings.port}"
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    message = detail["msg"].removeprefix("Value error, ")
+    if not detail["loc"]:
+        return message
+    field = str(detail["loc"][0])
+    sentence = f"{field} ({option_name(field)}, {env_name(field)}) is {detail['input']!r}: {_lower_first(message)}"
+    if field == "port" and str(detail["input"]).startswith("tcp://"):
+        sentence += "; Kubernetes sets it so for a service named manifold: set enableServiceLinks to false"
+    return sentence
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,235 @@
+"""The only place that wires: settings → engine, catalogue, service → application → server process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.middleware import Middleware
+
+from app.api import embeddings, health, predict, tasks
+from app.api.errors import install_handlers
+from app.api.middleware import Body, Border
+from app.config import Settings, is_loopback
+from app.engine.backbone import Backbone, set_threads
+from app.engine.engine import Engine
+from app.engine.tokenizer import TextTokenizer
+from app.errors import SettingsError
+from app.service.admission import Admission
+from app.service.catalog import HALF_TOLERANCE, Catalog, build_catalog
+from app.service.inference import InferenceService, Limits
+from app.service.runtime import Runtime
+from app.telemetry import configure_logging
+
+logger = logging.getLogger("manifold")
+
+_KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first and never race us
+_CLOSE_S = 2  # for the last bytes of answers, after drain_timeout_s
+_DESCRIPTION = "One text in, every prediction out: a frozen encoder, one shared pass, many tasks."
+
+
+def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
+    """The application. It closes its runtime at shutdown, and opens one at startup unless it was given one."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Runtime]]:
+        app.openapi()  # builds every route now; otherwise the first client would wait for it
+        opened = runtime if runtime is not None else await asyncio.to_thread(open_runtime, settings)
+        try:
+            yield {"runtime": opened}
+        finally:
+            await asyncio.to_thread(opened.close)
+
+    app = FastAPI(
+        title="Manifold",
+        version=health.software_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        middleware=_middleware(settings),
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    install_handlers(app)
+    for module in (predict, embeddings, tasks, health):
+        app.include_router(module.router)
+    return app
+
+
+def open_runtime(settings: Settings) -> Runtime:
+    """Loads everything and does a first forward. Raises SettingsError or BackboneError; takes seconds."""
+    set_threads(settings.threads)
+    engine, tokenizer, catalog = _open_engine(settings)
+    admission = Admission(settings.max_concurrent_requests)
+    workers = ThreadPoolExecutor(settings.tokenization_workers, thread_name_prefix="tokenizer")
+    limits = Limits(settings.max_client_batch_size, settings.deadline_ms)
+    inference = InferenceService(engine, tokenizer, lambda: catalog.snapshot, workers, admission, limits)
+
+    def close() -> None:
+        engine.close()
+        workers.shutdown(cancel_futures=True)
+
+    return Runtime(settings, engine, catalog, inference, admission, close)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until SIGTERM or SIGINT, drains, returns the exit status. Raises ManifoldError where it cannot start."""
+    configure_logging(settings.log_format)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit_at_once)  # while loading, there is nothing to drain
+    if is_loopback(settings.host):
+        logger.info("no keys are configured, so only this machine can connect (%s)", settings.host)
+    else:
+        logger.warning("no keys are configured: whoever reaches %s can use this server", settings.host)
+    began_s = time.monotonic()
+    with _bound_socket(settings) as listener:
+        runtime = open_runtime(settings)
+        server = Server(create_app(settings, runtime), runtime, listener, began_s)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(server.serve(sockets=[listener]))
+        except OSError as error:  # another process began to listen while we loaded
+            raise _cannot_listen(settings, error) from error
+    return 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain of our own: it would stop listening before readiness could tell anybody.
+
+    First signal: ready turns 503 and new work is refused, what is in flight goes on; the listener stays open for
+    `drain_grace_s`, and as long as something is in flight up to `drain_timeout_s`; then the process ends with status 0.
+    A second signal ends it at once.
+    """
+
+    def __init__(self, app: FastAPI, runtime: Runtime, listener: socket.socket, began_s: float) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
+        )
+        super().__init__(config)
+        self._runtime = runtime
+        self._listener = listener
+        self._began_s = began_s
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's hook: the signals are ours, and it must not raise them again at the end."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        logger.info(_ready_line(self._runtime, self._listener, time.monotonic() - self._began_s))
+
+    def _on_signal(self, number: int) -> None:
+        if self._draining is not None:
+            _exit_at_once(number, None)
+        self._runtime.admission.drain()
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        settings, admission = self._runtime.settings, self._runtime.admission
+        logger.info("draining for %g s: a second signal exits at once", settings.drain_grace_s)
+        signalled_s = time.monotonic()
+        await asyncio.sleep(settings.drain_grace_s)
+        while admission.in_flight and time.monotonic() - signalled_s < settings.drain_timeout_s:
+            await asyncio.sleep(0.02)
+        if admission.in_flight:
+            logger.warning("%d requests did not end in %g s", admission.in_flight, settings.drain_timeout_s)
+        self.should_exit = True
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    """Outermost first: CORS headers also stand on errors, and the border sees what the body's limit raises."""
+    inner = [Middleware(Border), Middleware(Body, limit_bytes=settings.payload_limit_bytes)]
+    if not settings.cors_allow_origins:
+        return inner
+    cors: Any = CORSMiddleware  # its signature and Middleware's type parameter do not meet
+    origins = list(settings.cors_allow_origins)
+    return [Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], max_age=600), *inner]
+
+
+def _open_engine(settings: Settings) -> tuple[Engine, TextTokenizer, Catalog]:
+    """dtype auto keeps a 16-bit type only where golden examples show that it is exact enough."""
+    engine, tokenizer, catalog = _load(settings, settings.dtype)
+    if settings.dtype != "auto" or engine.spec.dtype == "float32":
+        return engine, tokenizer, catalog
+    measured = catalog.worst_difference
+    told = "there are no golden examples" if measured is None else f"golden scores differ by up to {measured:.2g}"
+    if measured is not None and measured <= HALF_TOLERANCE:
+        logger.info("dtype auto takes %s: %s", engine.spec.dtype, told)
+        return engine, tokenizer, catalog
+    logger.info("dtype auto takes float32: in %s %s", engine.spec.dtype, told)
+    engine.close()
+    return _load(settings, "float32")
+
+
+def _load(settings: Settings, dtype: str) -> tuple[Engine, TextTokenizer, Catalog]:
+    backbone = Backbone.load(settings.model, settings.device, dtype)
+    tokenizer = TextTokenizer(backbone.path)
+    engine = Engine(
+        backbone,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_rows=settings.max_batch_rows,
+        max_queue_delay_ms=settings.max_queue_delay_ms,
+    )
+    engine.start()
+    try:
+        return engine, tokenizer, build_catalog(settings.prefixes, engine, tokenizer)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _bound_socket(settings: Settings) -> socket.socket:
+    """Taken before the seconds of loading, so that a port in use is told at once. It listens only when all is ready."""
+    with contextlib.ExitStack() as undo:
+        try:
+            addresses = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = addresses[0]
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise _cannot_listen(settings, error) from error
+        undo.pop_all()
+    return listener
+
+
+def _cannot_listen(settings: Settings, error: OSError) -> SettingsError:
+    return SettingsError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
+
+
+def _ready_line(runtime: Runtime, listener: socket.socket, duration_s: float) -> str:
+    host, port = listener.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    spec, names = runtime.engine.spec, sorted(runtime.catalog.snapshot.tasks)
+    live = f"{len(names)} tasks ({', '.join(names)})" if names else "no tasks"
+    return f"ready at {address} with {spec.name} on {spec.device} in {spec.dtype}, {live}, after {duration_s:.1f} s"
+
+
+def _exit_at_once(number: int, _: FrameType | None) -> None:
+    logging.shutdown()
+    os._exit(128 + number)

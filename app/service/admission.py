@@ -1,0 +1,35 @@
+"""Who may come in: a counter of permits that never waits, and the door that closes when the server drains.
+
+Runs on the event loop alone, so it needs no lock. Knows nothing of what requests do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.errors import OverloadedError, UnavailableError
+
+
+class Admission:
+    def __init__(self, max_concurrent_requests: int) -> None:
+        self._permits = max_concurrent_requests
+        self.in_flight = 0
+        self.is_draining = False
+
+    @contextmanager
+    def permit(self) -> Iterator[None]:
+        """Holds one permit. Raises OverloadedError where none is free, UnavailableError while draining."""
+        if self.is_draining:
+            raise UnavailableError("the server is shutting down: send the request to another one")
+        if self.in_flight >= self._permits:
+            raise OverloadedError(f"all {self._permits} permits for concurrent requests are taken: try again shortly")
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    def drain(self) -> None:
+        """Lets nobody in any more; those inside finish."""
+        self.is_draining = True

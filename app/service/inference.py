@@ -1,0 +1,174 @@
+"""The use case of prediction: admit, resolve, tokenize, plan, submit, await, answer; labels and embeddings share it.
+
+Knows the engine by its port; nothing of HTTP, tensors or where the snapshot comes from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from app.domain import Encoding, EngineRequest, EngineResult, Plan, Snapshot, TaskOutput, TaskVersion, TextInput
+from app.engine.plan import make_plan, token_limit
+from app.errors import DeadlineError, EngineError, MalformedError, TooLargeError, UnservableError
+from app.service.admission import Admission
+from app.service.answers import Answer, make_answer
+from app.service.ports import EnginePort, TokenizerPort
+from app.service.resolve import Target, choose_targets, representation
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_client_batch_size: int = 32
+    deadline_ms: float = 30_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    tokens: int  # of all inputs, special tokens counted
+    rows: int  # trunks and branches that ran
+    passes: float  # bare forwards of the backbone that they cost, summed over the inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    tokenization_s: float
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    generation: int
+    results: list[dict[str, Answer]]  # an input each, by the reference that the caller wrote
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    generation: int
+    vectors: list[tuple[float, ...]]  # an input each
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    plans: list[Plan]
+    result: EngineResult
+    tokenization_s: float
+
+    @property
+    def usage(self) -> Usage:
+        tokens = sum(len(plan.encoding) for plan in self.plans)
+        rows = sum(len(plan.rows) for plan in self.plans)
+        return Usage(tokens, rows, round(sum(plan.passes for plan in self.plans), 4))
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(self.tokenization_s, self.result.queue_s, self.result.inference_s)
+
+
+class InferenceService:
+    """Cancelling a call (the client has gone) cancels its work: what is queued is dropped."""
+
+    def __init__(
+        self,
+        engine: EnginePort,
+        tokenizer: TokenizerPort,
+        current_snapshot: Callable[[], Snapshot],
+        workers: Executor,
+        admission: Admission,
+        limits: Limits,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._current_snapshot = current_snapshot
+        self._workers = workers
+        self._admission = admission
+        self._limits = limits
+
+    async def predict(self, inputs: Sequence[TextInput], tasks: Sequence[str] | None, truncate: bool) -> Prediction:
+        """Answers of every named task (or every one that fits) for each input. Raises any ManifoldError."""
+        with self._admission.permit():
+            self._check(inputs)
+            snapshot = self._current_snapshot()
+            targets = choose_targets(snapshot, inputs, tasks)
+            run = await self._run(inputs, [_distinct(chosen) for chosen in targets], truncate)
+            results = [
+                _answers(text, chosen, plan, outputs)
+                for text, chosen, plan, outputs in zip(inputs, targets, run.plans, run.result.outputs, strict=True)
+            ]
+            return Prediction(snapshot.generation, results, run.usage, run.timings)
+
+    async def embed(
+        self, inputs: Sequence[TextInput], model: str, truncate: bool, dimensions: int | None = None
+    ) -> Embeddings:
+        """Vectors of one representation for each input. Raises any ManifoldError."""
+        with self._admission.permit():
+            self._check(inputs)
+            snapshot = self._current_snapshot()
+            version = representation(snapshot, model)
+            run = await self._run(inputs, [(version,)] * len(inputs), truncate)
+            vectors = [_vector(outputs[0], dimensions) for outputs in run.result.outputs]
+            return Embeddings(snapshot.generation, vectors, run.usage, run.timings)
+
+    def _check(self, inputs: Sequence[TextInput]) -> None:
+        limit = self._limits.max_client_batch_size
+        if not inputs:
+            raise MalformedError("there are no inputs: send at least one text")
+        if len(inputs) > limit:
+            raise TooLargeError(f"there are {len(inputs)} inputs and one request holds at most {limit}: send several")
+        for index, text in enumerate(inputs):
+            if not text.text.strip():
+                raise MalformedError(f"input {index} is empty")
+            if text.text_pair is not None and not text.text_pair.strip():
+                raise MalformedError(f"text_pair of input {index} is empty")
+
+    async def _run(
+        self, inputs: Sequence[TextInput], versions: Sequence[tuple[TaskVersion, ...]], truncate: bool
+    ) -> _Run:
+        deadline_s = time.monotonic() + self._limits.deadline_ms / 1000
+        try:
+            async with asyncio.timeout(self._limits.deadline_ms / 1000):
+                began_s = time.monotonic()
+                encodings = await self._tokenize(inputs, versions, truncate)
+                tokenization_s = time.monotonic() - began_s
+                layers = self._engine.spec.num_layers
+                plans = [make_plan(e, v, layers) for e, v in zip(encodings, versions, strict=True)]
+                result = await asyncio.wrap_future(self._engine.submit(EngineRequest(tuple(plans), deadline_s)))
+        except TimeoutError as error:
+            raise DeadlineError(f"the deadline of {self._limits.deadline_ms:g} ms passed first") from error
+        return _Run(plans, result, tokenization_s)
+
+    async def _tokenize(
+        self, inputs: Sequence[TextInput], versions: Sequence[tuple[TaskVersion, ...]], truncate: bool
+    ) -> list[Encoding]:
+        limits = [token_limit(self._engine.spec, chosen) for chosen in versions]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, self._tokenizer.encode, inputs, limits, truncate)
+
+
+def _distinct(targets: Sequence[Target]) -> tuple[TaskVersion, ...]:
+    """A version that was asked for under two names runs once."""
+    return tuple({target.version.digest: target.version for target in targets}.values())
+
+
+def _answers(
+    text: TextInput, targets: Sequence[Target], plan: Plan, outputs: Sequence[TaskOutput]
+) -> dict[str, Answer]:
+    by_digest = {version.digest: output for version, output in zip(plan.versions, outputs, strict=True)}
+    return {t.reference: make_answer(t, by_digest[t.version.digest], plan.encoding, text) for t in targets}
+
+
+def _vector(output: TaskOutput, dimensions: int | None) -> tuple[float, ...]:
+    if output.error is not None:
+        raise EngineError(output.error)
+    size = len(output.scores)
+    if dimensions not in (None, size):
+        raise UnservableError(f"this model gives {size} dimensions and no other number: leave dimensions out")
+    return output.scores

@@ -1,0 +1,52 @@
+"""Clients of the application: one that calls and waits, one for several calls at once, one over a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from app.config import Settings
+from app.main import create_app
+from app.service.runtime import Runtime
+from tests.serving import running
+
+
+@pytest.fixture
+def app(settings: Settings, runtime: Runtime) -> FastAPI:
+    return create_app(settings, runtime)
+
+
+@pytest.fixture
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app) as opened:
+        yield opened
+
+
+@pytest.fixture
+def url(app: FastAPI) -> Iterator[str]:
+    with running(app) as address:
+        yield address
+
+
+@pytest.fixture
+async def async_client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+    async with _in_process(app) as opened:
+        yield opened
+
+
+@asynccontextmanager
+async def _in_process(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+    async with app.router.lifespan_context(app) as state:
+
+        async def with_state(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope | {"state": dict(state)}, receive, send)
+
+        transport = httpx2.ASGITransport(with_state)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://manifold") as opened:
+            yield opened

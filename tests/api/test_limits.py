@@ -1,0 +1,175 @@
+"""What clients see when the server is full, slow, draining or dead, and what becomes of the work of those who leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from urllib.parse import urlsplit
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from app.config import Settings, load_settings
+from app.errors import DeadlineError, EngineError
+from app.main import create_app
+from app.service.runtime import Runtime
+from tests.fakes import FakeEngine, make_runtime
+from tests.serving import wait_for
+
+BODY = {"inputs": "hello", "tasks": ["spam"]}
+
+
+async def until(condition: object) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("settings", [load_settings({"max_concurrent_requests": 1})])
+@pytest.mark.anyio
+async def test_a_full_server_answers_429_at_once_and_probes_still_answer(
+    settings: Settings, engine: FakeEngine, async_client: httpx2.AsyncClient
+) -> None:
+    engine.holds = True
+    first = asyncio.create_task(async_client.post("/v1/predict", json=BODY))
+    await until(lambda: engine.futures)
+    refused = await async_client.post("/v1/predict", json=BODY)
+    assert refused.status_code == 429
+    assert refused.json()["error_type"] == "overloaded"
+    assert int(refused.headers["retry-after"]) >= 1
+    assert (await async_client.get("/readyz")).status_code == 200
+    assert (await async_client.get("/healthz")).json()["in_flight"] == 1
+    engine.release()
+    assert (await first).status_code == 200
+    engine.holds = False
+    assert (await async_client.post("/v1/predict", json=BODY)).status_code == 200, "the permit came back"
+
+
+@pytest.mark.parametrize("settings", [load_settings({"deadline_ms": 50})])
+def test_a_late_answer_is_504_and_its_work_is_dropped(
+    settings: Settings, engine: FakeEngine, client: TestClient, runtime: Runtime
+) -> None:
+    engine.holds = True
+    response = client.post("/v1/predict", json=BODY)
+    assert response.status_code == 504
+    assert response.json() == {"error": "the deadline of 50 ms passed first", "error_type": "deadline"}
+    assert engine.futures[0].cancelled()
+    assert runtime.admission.in_flight == 0
+
+
+def test_a_deadline_that_the_engine_notices_is_504_too(engine: FakeEngine, client: TestClient) -> None:
+    engine.failure = DeadlineError("the deadline passed while the request was queued")
+    assert client.post("/v1/predict", json=BODY).status_code == 504
+
+
+def test_the_engine_is_told_the_deadline(engine: FakeEngine, client: TestClient) -> None:
+    client.post("/v1/predict", json=BODY)
+    assert engine.requests[0].deadline_s is not None
+
+
+@pytest.mark.parametrize("failure", [EngineError("the batch failed: out of memory"), RuntimeError("secret inside")])
+def test_our_own_failure_is_500_in_the_same_shape(
+    engine: FakeEngine, client: TestClient, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.failure = failure
+    response = client.post("/v1/predict", json=BODY, headers={"x-request-id": "r-1"})
+    assert response.status_code == 500
+    assert response.json()["error_type"] == "engine"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] == "r-1"
+    (record,) = [r for r in caplog.records if r.name == "app.api.middleware"]
+    assert record.exc_info and record.__dict__["request_id"] == "r-1"
+
+
+def test_a_failed_representation_is_500(engine: FakeEngine, client: TestClient) -> None:
+    engine.broken_tasks = {"embedding"}
+    assert client.post("/v1/embeddings", json={"model": "tiny", "input": "a"}).status_code == 500
+
+
+def test_a_draining_server_refuses_new_work_and_says_so_first_in_readiness(
+    client: TestClient, runtime: Runtime
+) -> None:
+    runtime.admission.drain()
+    for path in ("/readyz", "/healthz"):
+        assert client.get(path).status_code == 503
+    assert client.get("/livez").status_code == 200
+    response = client.post("/v1/predict", json=BODY)
+    assert response.status_code == 503
+    assert response.json()["error_type"] == "unavailable"
+    assert response.headers["retry-after"] == "1"
+    assert response.headers["connection"] == "close"
+
+
+def test_a_dead_engine_is_503_everywhere_so_that_the_server_is_restarted(
+    client: TestClient, engine: FakeEngine, runtime: Runtime
+) -> None:
+    engine.alive = False
+    for path in ("/livez", "/readyz", "/healthz"):
+        response = client.get(path)
+        assert response.status_code == 503
+        assert response.json()["error_type"] == "unavailable"
+    assert client.post("/v1/predict", json=BODY).status_code == 503
+    assert runtime.admission.in_flight == 0
+
+
+def test_the_queued_work_of_a_client_that_left_is_dropped(url: str, engine: FakeEngine, runtime: Runtime) -> None:
+    engine.holds = True
+    with _posted(url, json.dumps(BODY).encode()):
+        wait_for(lambda: engine.futures)
+    wait_for(lambda: engine.futures[0].cancelled())
+    wait_for(lambda: runtime.admission.in_flight == 0)
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_starts_nothing(url: str, engine: FakeEngine) -> None:
+    with _posted(url, json.dumps(BODY).encode()[:-3], missing=3):
+        pass
+    assert httpx2.get(f"{url}/readyz").status_code == 200
+    assert engine.requests == []
+
+
+def test_two_requests_in_one_packet_are_both_answered(url: str) -> None:
+    content = json.dumps(BODY).encode()
+    request = _head(url, len(content)) + content
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=5) as connection:
+        connection.sendall(request + request)
+        received = b""
+        while received.count(b"200 OK") < 2:
+            received += connection.recv(65536)
+    assert received.count(b'"spam"') >= 2
+
+
+def test_browsers_of_named_origins_may_read_answers_and_errors(settings: Settings) -> None:
+    settings = settings.model_copy(update={"cors_allow_origins": ("https://shop.example",)})
+    runtime = make_runtime(settings)
+    with TestClient(create_app(settings, runtime)) as client:
+        for body in (BODY, {"inputs": ""}):
+            response = client.post("/v1/predict", json=body, headers={"origin": "https://shop.example"})
+            assert response.headers["access-control-allow-origin"] == "https://shop.example"
+        stranger = client.post("/v1/predict", json=BODY, headers={"origin": "https://else.example"})
+        assert "access-control-allow-origin" not in stranger.headers
+
+
+def test_the_application_closes_what_it_was_given(app: FastAPI, engine: FakeEngine) -> None:
+    with TestClient(app):
+        assert engine.alive
+    assert not engine.alive
+
+
+def _posted(url: str, content: bytes, missing: int = 0) -> socket.socket:
+    address = urlsplit(url)
+    connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=5)
+    connection.sendall(_head(url, len(content) + missing) + content)
+    return connection
+
+
+def _head(url: str, length: int) -> bytes:
+    host = urlsplit(url).netloc
+    return (
+        f"POST /v1/predict HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        f"content-length: {length}\r\n\r\n"
+    ).encode()
