@@ -1,0 +1,131 @@
+"""What is frozen, computed once: the states of every text after the layers that are read, and where a prefix begins.
+
+Texts lie end to end in flat tensors `[tokens of all texts, d]` in half precision; batches are gathered from them.
+Knows encodings and the backbone; nothing of labels or heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.domain import Encoding
+from app.engine.backbone import Backbone
+from app.learning.rows import LayerPrefix, positions, run_layers
+
+_BATCH_TOKENS = 4096
+_STORED = torch.float16
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """What to keep: `read_layers` as readouts see them, and the raw states after `fork_layer` layers."""
+
+    read_layers: tuple[int, ...]
+    fork_layer: int | None = None
+    prefixes: tuple[LayerPrefix, ...] = ()  # frozen ones
+    position_offset: int = 0
+
+    @property
+    def cached_reads(self) -> tuple[int, ...]:
+        """Layers above the fork change with the prefix that is trained."""
+        if self.fork_layer is None:
+            return self.read_layers
+        return tuple(n for n in self.read_layers if 0 < n <= self.fork_layer)
+
+    @property
+    def num_layers(self) -> int:
+        return max((*self.cached_reads, self.fork_layer or 0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """A batch: which flat rows its tokens are."""
+
+    index: Tensor  # [rows, tokens] into the flat tensors
+    mask: Tensor  # bool [rows, tokens], True: a token of the text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StateCache:
+    starts: Tensor  # [texts], each text's first flat row
+    lengths: Tensor  # [texts]
+    reads: dict[int, Tensor]  # layer → [all tokens, d]
+    fork: Tensor | None  # [all tokens, d]
+
+    def __len__(self) -> int:
+        return int(self.lengths.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def gather(self, texts: Tensor) -> Gathered:
+        """`texts`: indices [rows]."""
+        return _gather(self.starts, self.lengths, texts)
+
+
+def states_at(flat: Tensor, batch: Gathered) -> Tensor:
+    """[rows, tokens, d] in float32; what stands in padding is of some other text and masked."""
+    return flat[batch.index].float()
+
+
+@torch.no_grad()
+def build_cache(
+    backbone: Backbone,
+    encodings: Sequence[Encoding],
+    plan: CachePlan,
+    advance: Callable[[int], None] | None = None,
+) -> StateCache:
+    """Run every text once. `advance` is told of texts done."""
+    lengths = torch.tensor([len(encoding) for encoding in encodings])
+    starts = lengths.cumsum(0) - lengths
+    total, width = int(lengths.sum()), backbone.spec.hidden_size
+    reads = {layer: torch.empty(total, width, dtype=_STORED) for layer in plan.cached_reads}
+    fork = None if plan.fork_layer is None else reads.get(plan.fork_layer)
+    if fork is None and plan.fork_layer is not None:
+        fork = torch.empty(total, width, dtype=_STORED)
+    for texts in _batches(lengths):
+        batch = _gather(starts, lengths, texts)
+        for layer, states in _run(backbone, [encodings[i] for i in texts.tolist()], batch.mask, plan):
+            target = fork if layer == plan.fork_layer else reads.get(layer)
+            if target is not None:
+                seen = states if layer == plan.fork_layer else backbone.read_states(layer, states)
+                target[batch.index[batch.mask]] = seen[batch.mask.to(seen.device)].to("cpu", _STORED)
+        if advance is not None:
+            advance(len(texts))
+    return StateCache(starts, lengths, reads, fork)
+
+
+def _run(
+    backbone: Backbone, encodings: Sequence[Encoding], mask: Tensor, plan: CachePlan
+) -> Iterator[tuple[int, Tensor]]:
+    """(layers passed, states [rows, tokens, d]), from 0: the embeddings."""
+    width = mask.shape[1]
+    device = backbone.device
+    ids = torch.tensor([e.input_ids + (0,) * (width - len(e)) for e in encodings], device=device)
+    types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings], device=device)
+    states = backbone.embed(ids, types, positions(backbone, ids, plan.position_offset))
+    yield 0, states
+    layers = range(plan.num_layers)
+    yield from run_layers(backbone, states, mask.to(device), layers, plan.prefixes, plan.position_offset)
+
+
+def _gather(starts: Tensor, lengths: Tensor, texts: Tensor) -> Gathered:
+    steps = torch.arange(int(lengths[texts].max()))
+    mask = steps < lengths[texts].unsqueeze(1)
+    last = starts[texts] + lengths[texts] - 1
+    return Gathered(torch.minimum(starts[texts].unsqueeze(1) + steps, last.unsqueeze(1)), mask)
+
+
+def _batches(lengths: Tensor) -> Iterator[Tensor]:
+    """Texts by length, as many as fit the token budget."""
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        size = max(1, _BATCH_TOKENS // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size

@@ -1,0 +1,164 @@
+"""What an artifact says, by the real engine in float32: scores, figures, thresholds, drift baseline, golden examples.
+
+Knows artifacts and the engine; nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.domain import Encoding, ProblemType, TaskOutput
+from app.engine.artifact import Artifact
+from app.engine.backbone import Backbone
+from app.engine.engine import Engine
+from app.engine.golden import predict
+from app.engine.plan import token_limit
+from app.engine.tokenizer import TextTokenizer
+from app.errors import EngineError
+from app.learning.alignment import tags_of_words, word_starts
+from app.learning.data import Example, Table
+from app.learning.figures import (
+    Bools,
+    Floats,
+    f1_by_threshold,
+    figures_of_classes,
+    figures_of_sets,
+    figures_of_tags,
+    figures_of_values,
+)
+
+_CHUNK = 256
+_NUM_BINS = 10
+_MAX_GOLDEN = 8
+_MAX_GOLDEN_CHARS = 200
+_GOLDEN_DIGITS = 7
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A table with the engine's outputs for it, and the encodings that they are of."""
+
+    table: Table
+    outputs: tuple[TaskOutput, ...]
+    encodings: tuple[Encoding, ...]
+
+    @property
+    def scores(self) -> Floats:
+        """[texts, labels]; not for tokens."""
+        return np.array([output.scores for output in self.outputs])
+
+
+@contextmanager
+def running(backbone: Backbone) -> Iterator[Engine]:
+    engine = Engine(backbone)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def score(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: Table) -> Scored:
+    """Every row of `table` through the engine. Raises EngineError where one fails."""
+    engine.load(artifact)
+    limit = token_limit(engine.spec, [artifact.version(0)])
+    texts = table.texts
+    outputs: list[TaskOutput] = []
+    for start in range(0, len(texts), _CHUNK):
+        outputs += predict(engine, tokenizer, artifact, texts[start : start + _CHUNK])
+    failed = next((output.error for output in outputs if output.error is not None), None)
+    if failed is not None:
+        raise EngineError(f"the trained task fails: {failed}")
+    return Scored(table, tuple(outputs), tuple(tokenizer.encode(texts, [limit] * len(texts), truncate=True)))
+
+
+def figures(scored: Scored, labels: Sequence[str], thresholds: Sequence[float] = ()) -> dict[str, float]:
+    """The figures that fit the problem type; `rows` with them."""
+    table = scored.table
+    match table.problem_type:
+        case ProblemType.SINGLE_LABEL:
+            gold = [labels.index(example.labels[0]) for example in table.examples]
+            found = figures_of_classes(gold, scored.scores.argmax(axis=1).tolist(), len(labels))
+        case ProblemType.MULTI_LABEL:
+            found = figures_of_sets(_given(table, labels), scored.scores >= np.asarray(thresholds))
+        case ProblemType.REGRESSION:
+            found = figures_of_values([e.score for e in table.examples], scored.scores[:, 0].tolist())
+        case _:
+            found = figures_of_tags([list(e.labels) for e in table.examples], _found_tags(scored, labels))
+    return {name: round(value, 5) for name, value in found.items()} | {"rows": len(table.examples)}
+
+
+def tuned_thresholds(scored: Scored, labels: Sequence[str]) -> list[float]:
+    """For each label of a multi-label task the threshold with the best F1 on this table; none for other types."""
+    if scored.table.problem_type is not ProblemType.MULTI_LABEL:
+        return []
+    _, thresholds = f1_by_threshold(scored.scores, _given(scored.table, labels))
+    return [round(float(t), 4) for t in thresholds]
+
+
+def score_baseline(scored: Scored, labels: Sequence[str]) -> dict[str, Any]:
+    """For each label a histogram of its scores: what live scores are compared with, to see them drift.
+
+    Regression has one, over the range seen. For tokens: the probabilities of the words that got the tag.
+    """
+    if scored.table.problem_type is ProblemType.REGRESSION:
+        values = scored.scores[:, 0]
+        counts, edges = np.histogram(values, _NUM_BINS)
+        return {"edges": [round(float(e), 6) for e in edges], "counts": [counts.tolist()]}
+    columns = _tag_scores(scored, len(labels)) if scored.table.problem_type is ProblemType.TOKEN else scored.scores.T
+    edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
+    histograms = [np.histogram(np.asarray(column), edges)[0].tolist() for column in columns]
+    return {"edges": [round(float(e), 1) for e in edges], "counts": histograms}
+
+
+def golden_examples(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: Table) -> list[dict[str, Any]]:
+    """Short inputs of varied labels and lengths, with the scores that this artifact gives them."""
+    chosen = _varied(table.examples)
+    outputs = predict(engine, tokenizer, artifact, [example.text for example in chosen])
+    return [
+        ({"text": e.text.text} if e.text.text_pair is None else {"text": e.text.text, "text_pair": e.text.text_pair})
+        | {"scores": [float(f"{score:.{_GOLDEN_DIGITS}g}") for score in output.scores]}
+        for e, output in zip(chosen, outputs, strict=True)
+    ]
+
+
+def _varied(examples: Sequence[Example]) -> list[Example]:
+    """A new label each time where there is one left, from the shortest text to the longest that is short enough."""
+    short = [e for e in examples if len(e.text.text) + len(e.text.text_pair or "") <= _MAX_GOLDEN_CHARS]
+    pool = sorted(short or examples, key=lambda e: len(e.text.text))
+    chosen: list[Example] = []
+    seen: set[str] = set()
+    for index in range(_MAX_GOLDEN):
+        start = len(pool) * index // _MAX_GOLDEN
+        rest = [e for e in pool[start:] if e not in chosen]
+        if not rest:
+            break
+        chosen.append(next((e for e in rest if set(e.labels) - seen), rest[0]))
+        seen |= set(chosen[-1].labels)
+    return chosen
+
+
+def _given(table: Table, labels: Sequence[str]) -> Bools:
+    return np.array([[label in example.labels for label in labels] for example in table.examples])
+
+
+def _found_tags(scored: Scored, labels: Sequence[str]) -> list[list[str]]:
+    """A tag for each of the file's words."""
+    return [
+        tags_of_words(word_starts(encoding, example.words), [labels[i] for i in output.tags])
+        for example, encoding, output in zip(scored.table.examples, scored.encodings, scored.outputs, strict=True)
+    ]
+
+
+def _tag_scores(scored: Scored, num_labels: int) -> list[list[float]]:
+    columns: list[list[float]] = [[] for _ in range(num_labels)]
+    for example, encoding, output in zip(scored.table.examples, scored.encodings, scored.outputs, strict=True):
+        for tokens in word_starts(encoding, example.words):
+            for token in tokens:
+                columns[output.tags[token]].append(output.scores[token])
+    return columns

@@ -1,0 +1,111 @@
+"""From tables to what the trainer takes: encodings, cached states, targets, and a prefix to start from.
+
+Knows tokenizer, backbone and artifacts of other tasks; trains nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.domain import BackboneSpec, Encoding, TextInput
+from app.engine.artifact import read_artifact
+from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
+from app.errors import DataError, SettingsError, TokenizationError
+from app.learning.cache import CachePlan, StateCache
+from app.learning.data import Table
+from app.learning.model import position_offset
+from app.learning.recipe import Recipe
+from app.learning.rows import LayerPrefix, recorded_keys_values, run_layers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frozen:
+    """Trained prefixes that are combined, with what the manifest says of them."""
+
+    prefixes: tuple[LayerPrefix, ...] = ()
+    entries: tuple[dict[str, object], ...] = ()  # digest, num_virtual_tokens, first_layer, task
+
+
+def read_frozen(recipe: Recipe, spec: BackboneSpec) -> Frozen:
+    """The prefixes of the recipe's artifacts, in order (Huang et al. 2023, section 3.2)."""
+    prefixes: list[LayerPrefix] = []
+    entries: list[dict[str, object]] = []
+    for path in recipe.prefixes:
+        artifact = read_artifact(path, spec)
+        if not artifact.prefix_vectors:
+            raise SettingsError(f"{path} has no prefix: --prefixes takes artifacts that have one")
+        for entry, vectors in zip(artifact.manifest["prefixes"], artifact.prefix_vectors, strict=True):
+            prefixes.append(LayerPrefix(entry["first_layer"], vectors.float()))
+            entries.append({"task": artifact.manifest["task"]} | entry)
+    return Frozen(tuple(prefixes), tuple(entries))
+
+
+def cache_plan(recipe: Recipe, frozen: Frozen) -> CachePlan:
+    if recipe.num_virtual_tokens:
+        offset = recipe.num_virtual_tokens if recipe.first_layer == 0 else 0
+        return CachePlan(recipe.read_layers, recipe.first_layer, position_offset=offset)
+    offset = position_offset(list(frozen.prefixes))
+    return CachePlan(recipe.read_layers, prefixes=frozen.prefixes, position_offset=offset)
+
+
+def encode(tokenizer: TextTokenizer, table: Table, limit: int) -> list[Encoding]:
+    """Encodings cut at `limit` tokens. Raises DataError naming the row that has nothing to read."""
+    texts = table.texts
+    try:
+        return tokenizer.encode(texts, [limit] * len(texts), truncate=True)
+    except TokenizationError:
+        line = next(e.line for e in table.examples if not _readable(tokenizer, e.text, limit))
+        raise DataError(f"{table.name}, line {line} has nothing that the model can read") from None
+
+
+def _readable(tokenizer: TextTokenizer, text: TextInput, limit: int) -> bool:
+    try:
+        tokenizer.encode([text], [limit], truncate=True)
+    except TokenizationError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def initial_prefix(recipe: Recipe, backbone: Backbone, cache: StateCache) -> Tensor | None:
+    """Keys and values that the frozen layers make of random training tokens: [layers, 2, heads, P, head size].
+
+    Real activations are the start that Li & Liang 2021 (section 7.4) found best on little data.
+    """
+    count = recipe.num_virtual_tokens
+    if not count or cache.fork is None:
+        return None
+    generator = torch.Generator().manual_seed(recipe.seed)
+    texts = torch.randperm(len(cache), generator=generator)[:count]
+    spec = backbone.spec
+    drawn: list[Tensor] = []
+    for text in texts.tolist():
+        drawn.append(_random_token(backbone, cache, text, recipe.first_layer, generator))
+    while len(drawn) < count:  # fewer texts than virtual tokens
+        drawn.append(drawn[len(drawn) % len(texts)])
+    stacked = torch.stack(drawn[:count], dim=3)
+    assert stacked.shape == (spec.num_layers - recipe.first_layer, 2, spec.num_heads, count, spec.head_size)
+    return stacked
+
+
+def _random_token(
+    backbone: Backbone, cache: StateCache, text: int, first_layer: int, generator: torch.Generator
+) -> Tensor:
+    """[layers, 2, heads, head size] of one token between the special ones."""
+    assert cache.fork is not None
+    start, length = int(cache.starts[text]), int(cache.lengths[text])
+    states = cache.fork[start : start + length].unsqueeze(0).to(backbone.device, backbone.dtype)
+    mask = torch.ones(1, length, dtype=torch.bool, device=backbone.device)
+    token = int(torch.randint(1, max(2, length - 1), (1,), generator=generator))
+    with recorded_keys_values(backbone) as recorded:
+        for _ in run_layers(backbone, states, mask, range(first_layer, backbone.spec.num_layers)):
+            pass
+        return torch.stack([torch.stack((k[0, :, token], v[0, :, token])) for k, v in recorded]).float().cpu()
+
+
+def limit_tokens(spec: BackboneSpec, plan: CachePlan) -> int:
+    return spec.max_tokens - plan.position_offset

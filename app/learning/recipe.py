@@ -1,0 +1,110 @@
+"""What to learn and how: every choice of one training, checked against a backbone before anything runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from app.domain import BackboneSpec, ProblemType, Readout, ReadoutKind
+from app.errors import SettingsError
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_DEFAULT_HIDDEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """None: what suits the problem type and the backbone, filled in by `completed`."""
+
+    task: str
+    readout: ReadoutKind | None = None
+    read_layers: tuple[int, ...] = ()
+    num_queries: int = 4
+    hidden: int | None = None  # width of the hidden layer; 0: a linear head
+    activation: str = "gelu"
+    first_layer: int = 0
+    num_virtual_tokens: int = 0  # of a prefix of the task's own; 0: none
+    prefixes: tuple[Path, ...] = ()  # artifacts whose frozen prefixes are combined, in order
+    epochs: int = 15
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    query_learning_rate: float = 1e-2
+    prefix_learning_rate: float = 1e-2
+    weight_decay: float = 0.01
+    dropout: float = 0.3
+    warmup: float = 0.06  # share of all steps
+    seed: int = 0
+
+    def completed(self, problem_type: ProblemType, spec: BackboneSpec) -> Recipe:
+        """With every choice made. Raises SettingsError where one cannot work."""
+        is_token = problem_type is ProblemType.TOKEN
+        kind = self.readout or (ReadoutKind.TOKENS if is_token else ReadoutKind.ATTENTION)
+        many = kind in (ReadoutKind.ATTENTION, ReadoutKind.TOKENS)
+        layers = self.read_layers or (_thirds(spec.num_layers) if many else (spec.num_layers,))
+        hidden = self.hidden if self.hidden is not None else (_DEFAULT_HIDDEN if many else 0)
+        recipe = replace(self, readout=kind, read_layers=layers, hidden=hidden)
+        recipe._check(is_token, spec)
+        return recipe
+
+    @property
+    def reads(self) -> Readout:
+        """The readout of a completed recipe."""
+        assert self.readout is not None
+        queries = self.num_queries if self.readout is ReadoutKind.ATTENTION else 0
+        return Readout(self.readout, self.read_layers, queries)
+
+    def settings(self) -> dict[str, Any]:
+        """For the manifest: no paths, nothing of the machine."""
+        settings = asdict(self)
+        del settings["task"], settings["prefixes"]
+        return settings | {"read_layers": list(self.read_layers)}
+
+    def _check(self, is_token: bool, spec: BackboneSpec) -> None:
+        faults = _faults(self, is_token, spec)
+        if faults:
+            raise SettingsError(faults[0])
+
+
+def _thirds(num_layers: int) -> tuple[int, ...]:
+    return tuple(sorted({max(1, round(num_layers * part / 3)) for part in (1, 2, 3)}))
+
+
+def _faults(recipe: Recipe, is_token: bool, spec: BackboneSpec) -> list[str]:
+    layers, top = recipe.read_layers, spec.num_layers
+    checks = {
+        "--task must be a name of a-z, 0-9, _, . and -, 64 characters at most": not _NAME.fullmatch(recipe.task),
+        f"--read-layers must rise from 1 to {top} at most": sorted(set(layers)) != list(layers)
+        or not 1 <= layers[0] <= layers[-1] <= top,
+        "tags of tokens need --readout tokens, and nothing else reads tokens": is_token
+        != (recipe.readout is ReadoutKind.TOKENS),
+        "this backbone has no pooler: choose another --readout": recipe.readout is ReadoutKind.POOLER
+        and not spec.has_pooler,
+        f"a pooler reads layer {top} alone": recipe.readout is ReadoutKind.POOLER and layers != (top,),
+        f"--first-layer must be in 0 … {top - 1}": not 0 <= recipe.first_layer < top,
+        "--num-virtual-tokens trains a prefix and --prefixes reads trained ones: give one of them": bool(
+            recipe.num_virtual_tokens and recipe.prefixes
+        ),
+        f"--num-virtual-tokens must be in 0 … {spec.max_tokens // 2}": not 0
+        <= recipe.num_virtual_tokens
+        <= spec.max_tokens // 2,
+        "nothing reads above the prefix's first layer": bool(recipe.num_virtual_tokens)
+        and layers[-1] <= recipe.first_layer,
+    }
+    return [sentence for sentence, wrong in checks.items() if wrong] + _number_faults(recipe)
+
+
+def _number_faults(recipe: Recipe) -> list[str]:
+    checks = {
+        "--epochs": recipe.epochs >= 1,
+        "--batch-size": recipe.batch_size >= 1,
+        "--num-queries": recipe.num_queries >= 1,
+        "--hidden": recipe.hidden is not None and recipe.hidden >= 0,
+        "--learning-rate": recipe.learning_rate > 0,
+        "--query-learning-rate": recipe.query_learning_rate > 0,
+        "--prefix-learning-rate": recipe.prefix_learning_rate > 0,
+        "--weight-decay": recipe.weight_decay >= 0,
+        "--dropout": 0 <= recipe.dropout < 1,
+    }
+    return [f"{name} is out of range" for name, good in checks.items() if not good]

@@ -1,0 +1,105 @@
+"""Writes an artifact's files, and moves them into place only when all of them are there and have been read back.
+
+Knows formats and folders; trains and judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig, TaskType
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from app.domain import BackboneSpec, ProblemType
+from app.engine.artifact import MANIFEST, TENSORS
+from app.errors import DataError, SettingsError
+
+STORED = torch.float16
+_NUMBERS = re.compile(r"\[\n[-\d.eE+,\s]*\]")  # of numbers; no text matches: JSON escapes its line breaks
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An artifact that was at `out` is replaced. Raises SettingsError where something else is there.
+    """
+    out = out.absolute()
+    check_out(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise SettingsError(f"{out.parent} cannot be written: {error.strerror}") from error
+    try:
+        yield draft
+        draft.chmod(0o755)
+        _replace(draft, out)
+    except OSError as error:
+        raise DataError(f"the artifact cannot be written to {out.parent}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_out(out: Path) -> None:
+    """Raise SettingsError where `out` holds something that is not an artifact."""
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_empty and not (out / MANIFEST).is_file():
+        raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """In half precision. Written as bytes: safetensors' own file would be readable by its owner alone."""
+    stored = {name: tensor.to(STORED).contiguous() for name, tensor in sorted(tensors.items())}
+    (folder / TENSORS).write_bytes(save(stored, metadata={"format": "pt"}))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / TENSORS)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Indented, but each list of numbers on one line."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    text = _NUMBERS.sub(lambda found: " ".join(found.group().split()), text)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def write_peft_config(folder: Path, manifest: Mapping[str, Any], spec: BackboneSpec) -> None:
+    """PEFT's own configuration, for a prefix that PEFT can run: one, from layer 0 on. Others would be misread."""
+    prefixes = manifest["prefixes"]
+    if len(prefixes) != 1 or prefixes[0]["first_layer"] != 0:
+        return
+    is_token = manifest["problem_type"] == ProblemType.TOKEN
+    config = PrefixTuningConfig(
+        task_type=TaskType.TOKEN_CLS if is_token else TaskType.SEQ_CLS,
+        num_virtual_tokens=prefixes[0]["num_virtual_tokens"],
+        token_dim=spec.hidden_size,
+        num_transformer_submodules=1,
+        num_attention_heads=spec.num_heads,
+        num_layers=spec.num_layers,
+        encoder_hidden_size=spec.hidden_size,
+        inference_mode=True,
+    )
+    config.base_model_name_or_path = spec.name
+    config.save_pretrained(str(folder))
+
+
+def _replace(draft: Path, out: Path) -> None:
+    if not out.exists():
+        os.rename(draft, out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    os.rename(out, old / out.name)
+    os.rename(draft, out)
+    shutil.rmtree(old, ignore_errors=True)
