@@ -1,0 +1,182 @@
+"""Fan-out: the engine's time for N tasks over the bare backbone's forward on the same texts, beside its peers.
+
+The bare forward is transformers' own, with its fused attention. It and the engine take turns in one process, and each
+cell is the median of the ratios of neighbours, so that a slow moment of the machine hits both.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from app.domain import Encoding, EngineRequest, TaskVersion
+from app.engine.backbone import Backbone
+from app.engine.engine import Engine
+from app.engine.plan import make_plan
+from tests.engine.models import make_artifact
+
+TEXTS = 8
+VIRTUAL_TOKENS = 16
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+_ROOT = Path(__file__).resolve().parents[2]
+_ADAPTERHUB = _ROOT / ".venv-adapterhub/bin/python"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. `ratio` is over the bare forward of the same texts."""
+
+    kind: str
+    tasks: int
+    tokens: int
+    passes: float | None  # planned; None for peers
+    median_ms: float
+    ratio: float
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "own prefix, first layer 0": {"prefixes": [(VIRTUAL_TOKENS, 0)], "position_offset": VIRTUAL_TOKENS},
+    "own prefix, first layer 3": {"prefixes": [(VIRTUAL_TOKENS, 3)]},
+    "own prefix, first layer 4": {"prefixes": [(VIRTUAL_TOKENS, 4)]},
+    "own prefix, first layer 5": {"prefixes": [(VIRTUAL_TOKENS, 5)]},
+    "one combination of 8 prefixes": {"prefixes": [(VIRTUAL_TOKENS, 3)] * 8, "shared": True},
+    "attention readouts of the trunk": {"readout": "attention", "layers": [2, 4, 6], "num_queries": 4, "hidden": 64},
+}
+
+
+def measure_engine(
+    backbone: Backbone, tokens: int, counts: Sequence[int], least_repetitions: int, budget_s: float
+) -> Iterator[Cell]:
+    """A cell for each kind and count."""
+    engine = Engine(backbone)
+    engine.start()
+    encodings = _texts(tokens)
+    bare = bare_forward(backbone.path, encodings)
+    for kind, options in KINDS.items():
+        versions = [_version(engine, options, seed) for seed in range(max(counts))]
+        for count in counts:
+            plans = tuple(make_plan(e, versions[:count], engine.spec.num_layers) for e in encodings)
+            request = EngineRequest(plans)
+
+            def run(request: EngineRequest = request) -> object:
+                return engine.submit(request).result()
+
+            median_s, ratio = side_by_side(run, bare, least_repetitions, budget_s)
+            yield Cell(kind, count, tokens, plans[0].passes, median_s * 1000, ratio)
+        for version in versions:
+            engine.unload(version.digest)
+    engine.close()
+
+
+def measure_peft(
+    backbone: Backbone, tokens: int, counts: Sequence[int], least_repetitions: int, budget_s: float
+) -> Iterator[Cell]:
+    """N adapters on one PEFT model, switched between N forwards."""
+    encodings = _texts(tokens)
+    bare = bare_forward(backbone.path, encodings)
+    ids = torch.tensor([e.input_ids for e in encodings])
+    mask = torch.ones_like(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=VIRTUAL_TOKENS)
+        base = AutoModelForSequenceClassification.from_pretrained(backbone.path, num_labels=4)
+        model = get_peft_model(base, config, adapter_name="task0")
+        for index in range(1, max(counts)):
+            model.add_adapter(f"task{index}", config)
+        model.eval()
+    for count in counts:
+
+        @torch.inference_mode()
+        def run(count: int = count) -> object:
+            outputs = []
+            for index in range(count):
+                model.set_adapter(f"task{index}")
+                outputs.append(model(input_ids=ids, attention_mask=mask).logits)
+            return outputs
+
+        median_s, ratio = side_by_side(run, bare, least_repetitions, budget_s)
+        yield Cell("PEFT, a forward a task", count, tokens, None, median_s * 1000, ratio)
+
+
+def measure_adapterhub(path: str, tokens: int, counts: Sequence[int], threads: int, repetitions: int) -> Iterator[Cell]:
+    """AdapterHub's Parallel, in its own environment; nothing where that is not installed (`make bench-peers`)."""
+    if not _ADAPTERHUB.exists():
+        return
+    for first_layer in (0, 4):
+        for count in counts:
+            asked = {
+                "model": path,
+                "tasks": count,
+                "texts": TEXTS,
+                "tokens": tokens,
+                "threads": threads,
+                "repetitions": repetitions,
+                "prefix_length": VIRTUAL_TOKENS,
+                "first_layer": first_layer,
+            }
+            command = [str(_ADAPTERHUB), str(_ROOT / "tests/bench/peers/adapterhub.py")]
+            done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True)
+            answer = json.loads(done.stdout.strip().splitlines()[-1])
+            kind = f"AdapterHub Parallel, first layer {first_layer}"
+            ratio = answer["median_s"] / answer["bare_median_s"]
+            yield Cell(kind, count, tokens, None, answer["median_s"] * 1000, ratio)
+
+
+def side_by_side(
+    subject: Callable[[], object], baseline: Callable[[], object], least: int, budget_s: float
+) -> tuple[float, float]:
+    """Median seconds of `subject` and median ratio to the baseline runs around it, after one warm-up of each."""
+    subject()
+    baseline()
+    began = time.perf_counter()
+    seconds, ratios = [], []
+    before = _timed(baseline)
+    while len(seconds) < least or time.perf_counter() - began < budget_s:
+        seconds.append(_timed(subject))
+        after = _timed(baseline)
+        ratios.append(seconds[-1] / ((before + after) / 2))
+        before = after
+    return statistics.median(seconds), statistics.median(ratios)
+
+
+def bare_forward(path: str, encodings: Sequence[Encoding]) -> Callable[[], object]:
+    """transformers' own model over the texts in one batch, as fast as it comes."""
+    model = AutoModel.from_pretrained(path, attn_implementation="sdpa").eval()
+    ids = torch.tensor([e.input_ids for e in encodings])
+    mask = torch.ones_like(ids)
+
+    @torch.inference_mode()
+    def run() -> object:
+        return model(input_ids=ids, attention_mask=mask)
+
+    return run
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _texts(tokens: int) -> list[Encoding]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (TEXTS, tokens), generator=generator).tolist()
+    return [Encoding(tuple(row), (0,) * tokens) for row in ids]
+
+
+def _version(engine: Engine, options: dict[str, object], seed: int) -> TaskVersion:
+    """A version with random tensors; of a shared kind all versions have the prefixes of the first."""
+    own = {key: value for key, value in options.items() if key != "shared"}
+    artifact = make_artifact(engine.spec, f"task{seed}", seed=0 if options.get("shared") else seed, labels=4, **own)
+    engine.load(artifact)
+    return artifact.version(1)

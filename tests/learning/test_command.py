@@ -1,0 +1,53 @@
+"""`manifold learn` as it is typed."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import pytest
+
+from app.learning import command
+from tests.learning import samples
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, model_path: Path) -> list[str]:
+    source = random.Random(0)
+    train, dev = (
+        samples.write_rows(tmp_path / f"{name}.tsv", ("text", "label"), samples.single_rows(source, 30))
+        for name in ("train", "dev")
+    )
+    given = ["--task", "mine", "--train", str(train), "--dev", str(dev), "--model", str(model_path)]
+    return [*given, "--epochs", "2", "--dtype", "float32", "--out", str(tmp_path / "out")]
+
+
+def test_it_prints_epochs_and_figures(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments, "--read-layers", "1,3", "--num-queries", "2", "--hidden", "8") == 0
+    shown = capsys.readouterr().out
+    assert "epoch   2" in shown and "macro_f1" in shown and "mine:" in shown
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_what_is_wrong_is_one_sentence_on_stderr(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments, "--train", "nowhere.tsv") == 1
+    assert capsys.readouterr().err == "manifold learn: nowhere.tsv cannot be read: No such file or directory\n"
+
+
+def test_an_interrupt_writes_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.learning.learn.train", interrupted)
+    assert run(*arguments) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

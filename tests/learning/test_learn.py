@@ -1,0 +1,283 @@
+"""Learning end to end on a tiny backbone: it learns, it writes what it measured, and nothing half-made is left."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import BertForSequenceClassification
+
+from app.domain import ProblemType, ReadoutKind, TextInput
+from app.engine.artifact import read_artifact
+from app.engine.backbone import Backbone
+from app.engine.golden import check_golden, predict
+from app.engine.tokenizer import TextTokenizer
+from app.errors import ArtifactError, DataError, SettingsError
+from app.learning import evaluation
+from app.learning.data import read_table
+from app.learning.learn import Files, learn
+from app.learning.recipe import Recipe
+from app.learning.trainer import Epoch
+from tests.learning import samples
+
+
+class Silent:
+    """A watcher that may interrupt."""
+
+    def __init__(self, interrupt_in: str | None = None) -> None:
+        self._interrupt_in = interrupt_in
+        self.stages: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages.append(name)
+        if name == self._interrupt_in:
+            raise KeyboardInterrupt
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+
+Rows = Callable[[random.Random, int], Sequence[Sequence[str]]]
+HEADERS = {
+    samples.single_rows: ("text", "label"),
+    samples.multi_rows: ("text", "labels"),
+    samples.regression_rows: ("text", "score"),
+    samples.pair_rows: ("text_a", "text_b", "label"),
+}
+
+
+def files_of(folder: Path, rows: Rows, count: int = 300) -> Files:
+    source = random.Random(0)
+    train, dev, test = (
+        samples.write_rows(folder / f"{name}.tsv", HEADERS[rows], rows(source, size))
+        for name, size in (("train", count), ("dev", 60), ("test", 60))
+    )
+    return Files(train, dev, test)
+
+
+def tagged_files(folder: Path) -> Files:
+    source = random.Random(0)
+    paths = [folder / f"{name}.jsonl" for name in ("train", "dev", "test")]
+    for path, count in zip(paths, (300, 60, 60), strict=True):
+        path.write_text("\n".join(samples.tagged_lines(source, count)))
+    return Files(*paths)
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe(
+        **(
+            {"task": "mine", "epochs": 25, "batch_size": 16, "hidden": 16, "learning_rate": 5e-3, "dropout": 0.1}
+            | changes
+        )
+    )
+
+
+def learned(folder: Path, files: Files, backbone: Backbone, **changes: Any) -> dict[str, Any]:
+    """The manifest, read back through the engine's own checks."""
+    out = folder / "out"
+    manifest = learn(recipe(**changes), files, out, (backbone, backbone), Silent())
+    assert json.loads((out / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    return manifest
+
+
+# -- every problem type ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (samples.single_rows, {}),
+        (samples.single_rows, {"readout": ReadoutKind.MEAN, "hidden": 0, "epochs": 30, "learning_rate": 5e-2}),
+        (samples.single_rows, {"num_virtual_tokens": 4, "first_layer": 1}),
+        (samples.multi_rows, {"epochs": 25}),
+        (samples.regression_rows, {"epochs": 40}),
+        (samples.pair_rows, {}),
+    ],
+    ids=["single", "mean", "late-fork", "multi", "regression", "pair"],
+)
+def test_it_learns_and_serves_with_the_scores_that_it_states(
+    tmp_path: Path, backbone: Backbone, rows: Rows, changes: dict[str, Any]
+) -> None:
+    files = files_of(tmp_path, rows)
+    manifest = learned(tmp_path, files, backbone, **changes)
+    assert manifest["evaluation"]["test"][manifest["evaluation"]["measure"]] > 0.8
+    artifact = read_artifact(tmp_path / "out", backbone.spec)
+    tokenizer = TextTokenizer(backbone.path)
+    with evaluation.running(backbone) as engine:
+        engine.load(artifact)
+        assert check_golden(engine, tokenizer, artifact) < 1e-4
+        scored = evaluation.score(engine, tokenizer, artifact, read_table(files.test))
+    figures = evaluation.figures(scored, manifest["labels"], manifest["thresholds"])
+    assert figures == manifest["evaluation"]["test"]
+
+
+def test_it_learns_to_tag_tokens(tmp_path: Path, backbone: Backbone) -> None:
+    manifest = learned(tmp_path, tagged_files(tmp_path), backbone, hidden=32)
+    assert manifest["labels"] == ["O", "B-city", "I-city", "B-name", "I-name"]
+    assert manifest["readout"]["kind"] == "tokens"
+    assert manifest["evaluation"]["test"]["f1"] > 0.9
+    assert sum(map(sum, manifest["score_baseline"]["counts"])) > 60
+
+
+def test_regression_answers_in_the_units_of_the_data(tmp_path: Path, backbone: Backbone) -> None:
+    learned(tmp_path, files_of(tmp_path, samples.regression_rows), backbone, epochs=40)
+    artifact = read_artifact(tmp_path / "out", backbone.spec)
+    with evaluation.running(backbone) as engine:
+        engine.load(artifact)
+        texts = [TextInput("good fine great nice"), TextInput("bad poor awful grim")]
+        high, low = (o.scores[0] for o in predict(engine, TextTokenizer(backbone.path), artifact, texts))
+    assert high == pytest.approx(140, abs=8) and low == pytest.approx(100, abs=8)
+
+
+def test_labels_as_numbers_can_be_a_regression(tmp_path: Path, backbone: Backbone) -> None:
+    source = random.Random(0)
+    rows = [
+        samples.write_rows(tmp_path / f"{n}.tsv", ("text", "label"), samples.regression_rows(source, 40)) for n in "ab"
+    ]
+    out = tmp_path / "out"
+    manifest = learn(
+        recipe(epochs=1), Files(*rows), out, (backbone, backbone), Silent(), problem_type=ProblemType.REGRESSION
+    )
+    assert manifest["labels"] == [] and set(manifest["evaluation"]) == {"dev", "measure"}
+
+
+# -- the artifact ------------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_what_it_was_made_of(tmp_path: Path, backbone: Backbone) -> None:
+    manifest = learned(tmp_path, files_of(tmp_path, samples.multi_rows), backbone, epochs=2)
+    assert manifest["labels"] == ["city", "name"] and len(manifest["thresholds"]) == 2
+    assert manifest["backbone"]["fingerprint"] == backbone.spec.fingerprint
+    assert manifest["data"]["train"]["file"] == "train.tsv" and manifest["data"]["dev"]["rows"] == 60
+    assert len(manifest["golden"]) == 8
+    assert [sum(counts) for counts in manifest["score_baseline"]["counts"]] == [60, 60]
+    assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows)
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        changes = {"epochs": 2, "seed": seed, "num_virtual_tokens": 3, "first_layer": 2}
+        learn(recipe(**changes), files, folder, (backbone, backbone), Silent())
+    first, same, other = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+    assert first == same != other
+    assert (folders[0] / "manifest.json").read_bytes() == (folders[1] / "manifest.json").read_bytes()
+
+
+def test_combined_prefixes_are_taken_over_as_they_are(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows)
+    for name, first_layer in (("one", 1), ("two", 2)):
+        changes = {"task": name, "epochs": 1, "num_virtual_tokens": 3, "first_layer": first_layer}
+        learn(recipe(**changes), files, tmp_path / name, (backbone, backbone), Silent())
+    manifest = learned(tmp_path, files, backbone, prefixes=(tmp_path / "two", tmp_path / "one"))
+    own = [json.loads((tmp_path / name / "manifest.json").read_text())["prefixes"][0] for name in ("two", "one")]
+    assert [p["digest"] for p in manifest["prefixes"]] == [p["digest"] for p in own]
+    assert [p["task"] for p in manifest["prefixes"]] == ["two", "one"]
+    assert manifest["evaluation"]["test"]["accuracy"] > 0.9
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+def test_peft_reads_a_full_prefix_and_gives_the_same_logits(tmp_path: Path, backbone: Backbone) -> None:
+    changes = {"readout": ReadoutKind.POOLER, "hidden": 0, "num_virtual_tokens": 4, "first_layer": 0}
+    manifest = learned(tmp_path, files_of(tmp_path, samples.single_rows), backbone, **changes)
+    assert manifest["position_offset"] == 4
+    base = BertForSequenceClassification.from_pretrained(backbone.path, num_labels=3)
+    oracle = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    text = TextInput("we was good in it")
+    tokenizer = TextTokenizer(backbone.path)
+    (encoding,) = tokenizer.encode([text], [60], truncate=False)
+    with torch.no_grad():
+        expected = oracle(
+            input_ids=torch.tensor([encoding.input_ids]), attention_mask=torch.ones(1, len(encoding)).long()
+        ).logits.softmax(-1)
+    artifact = read_artifact(tmp_path / "out", backbone.spec)
+    with evaluation.running(backbone) as engine:
+        engine.load(artifact)
+        (output,) = predict(engine, tokenizer, artifact, [text])
+    assert output.scores == pytest.approx(expected[0].tolist(), abs=1e-5)
+
+
+def test_an_artifact_is_replaced_and_nothing_else_is(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    learned(tmp_path, files, backbone, epochs=1)
+    assert learned(tmp_path, files, backbone, epochs=1, task="other")["task"] == "other"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary").write_text("dear")
+    with pytest.raises(SettingsError, match="is no artifact"):
+        learn(recipe(), files, tmp_path / "notes", (backbone, backbone), Silent())
+    assert (tmp_path / "notes" / "diary").read_text() == "dear"
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["frozen layers", "training", "measuring"])
+def test_an_interrupted_run_leaves_nothing_loadable(tmp_path: Path, backbone: Backbone, stage: str) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    with pytest.raises(KeyboardInterrupt):
+        learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(stage))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.tsv", "test.tsv", "train.tsv"]
+
+
+def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backbone) -> None:
+    learned(tmp_path, files_of(tmp_path, samples.single_rows, count=40), backbone, epochs=1)
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="neither"):
+        read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_texts_without_anything_to_read_are_named_by_line(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=10)
+    with files.dev.open("a") as dev:
+        dev.write("\x01\x02\tgood\n")
+    with pytest.raises(DataError, match=r"dev\.tsv, line 62 has nothing that the model can read"):
+        learn(recipe(), files, tmp_path / "out", (backbone, backbone), Silent())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"read_layers": (2, 9)}, "--read-layers must rise from 1 to 3"),
+        ({"readout": ReadoutKind.TOKENS}, "need --readout tokens"),
+        ({"readout": ReadoutKind.POOLER, "read_layers": (2,)}, "a pooler reads layer 3 alone"),
+        ({"num_virtual_tokens": 4, "first_layer": 3}, "--first-layer must be in 0 … 2"),
+        ({"num_virtual_tokens": 4, "first_layer": 2, "read_layers": (1, 2)}, "nothing reads above"),
+        ({"num_virtual_tokens": 4, "prefixes": (Path("x"),)}, "give one of them"),
+        ({"task": "Über"}, "--task must be a name"),
+        ({"epochs": 0}, "--epochs is out of range"),
+    ],
+)
+def test_choices_that_cannot_work(tmp_path: Path, backbone: Backbone, changes: dict[str, Any], sentence: str) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=10)
+    with pytest.raises(SettingsError, match=sentence):
+        learn(recipe(**changes), files, tmp_path / "out", (backbone, backbone), Silent())
+
+
+def test_prefixes_of_an_artifact_that_has_none(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    learned(tmp_path, files, backbone, epochs=1)
+    with pytest.raises(SettingsError, match="has no prefix"):
+        learn(recipe(prefixes=(tmp_path / "out",)), files, tmp_path / "b", (backbone, backbone), Silent())
+
+
+def test_the_engine_agrees_with_the_training_pass(tmp_path: Path, backbone: Backbone) -> None:
+    """The best epoch's dev figure, from cached states, is the one that the engine measures."""
+    figures: list[Epoch] = []
+    watcher = Silent()
+    watcher.epoch = lambda epoch, measure: figures.append(epoch)  # type: ignore[method-assign]
+    files = files_of(tmp_path, samples.single_rows)
+    manifest = learn(
+        recipe(epochs=3, num_virtual_tokens=2, first_layer=1), files, tmp_path / "out", (backbone, backbone), watcher
+    )
+    best = max(epoch.dev for epoch in figures)
+    assert manifest["evaluation"]["dev"]["accuracy"] == pytest.approx(best, abs=0.02)
