@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -24,7 +25,7 @@ from app.api import embeddings, health, predict, tasks
 from app.api.errors import install_handlers
 from app.api.middleware import Body, Border
 from app.config import Settings, is_loopback
-from app.engine.backbone import Backbone, set_threads
+from app.engine.backbone import Backbone, choose, set_threads
 from app.engine.engine import Engine
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
@@ -173,20 +174,21 @@ def _middleware(settings: Settings) -> list[Middleware]:
 
 def _open_engine(settings: Settings) -> tuple[Engine, TextTokenizer, Catalog]:
     """dtype auto keeps a 16-bit type only where golden examples show that it is exact enough."""
-    engine, tokenizer, catalog = _load(settings, settings.dtype)
-    if settings.dtype != "auto" or engine.spec.dtype == "float32":
-        return engine, tokenizer, catalog
+    _, dtype = choose(settings.device, settings.dtype)
+    if settings.dtype != "auto" or dtype == "float32":
+        return _load(settings, dtype)
+    engine, tokenizer, catalog = _load(settings, dtype, tolerance=math.inf)  # to measure, not to leave any out
     measured = catalog.worst_difference
     told = "there are no golden examples" if measured is None else f"golden scores differ by up to {measured:.2g}"
     if measured is not None and measured <= HALF_TOLERANCE:
-        logger.info("dtype auto takes %s: %s", engine.spec.dtype, told)
+        logger.info("dtype auto takes %s: %s", dtype, told)
         return engine, tokenizer, catalog
-    logger.info("dtype auto takes float32: in %s %s", engine.spec.dtype, told)
+    logger.info("dtype auto takes float32: in %s %s", dtype, told)
     engine.close()
     return _load(settings, "float32")
 
 
-def _load(settings: Settings, dtype: str) -> tuple[Engine, TextTokenizer, Catalog]:
+def _load(settings: Settings, dtype: str, tolerance: float | None = None) -> tuple[Engine, TextTokenizer, Catalog]:
     backbone = Backbone.load(settings.model, settings.device, dtype)
     tokenizer = TextTokenizer(backbone.path)
     engine = Engine(
@@ -197,7 +199,7 @@ def _load(settings: Settings, dtype: str) -> tuple[Engine, TextTokenizer, Catalo
     )
     engine.start()
     try:
-        return engine, tokenizer, build_catalog(settings.prefixes, engine, tokenizer)
+        return engine, tokenizer, build_catalog(settings.prefixes, engine, tokenizer, tolerance)
     except BaseException:
         engine.close()
         raise

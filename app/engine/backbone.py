@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.utils.logging import disable_progress_bar
 
 from app.domain import BackboneSpec
 from app.engine import attention
@@ -41,8 +42,7 @@ class Backbone:
         Raises BackboneError where the model cannot be served, SettingsError for a device or dtype that is not there.
         """
         path = _embedded_path() if model == EMBEDDED else model
-        chosen_device = _choose_device(device)
-        chosen_dtype = _choose_dtype(dtype, chosen_device)
+        chosen_device, chosen_dtype = choose(device, dtype)
         _check_family(path)
         network, has_pooler = _load_model(path)
         name = Path(path).name if model != EMBEDDED else "all-MiniLM-L6-v2"
@@ -129,6 +129,12 @@ def cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())  # the only question torch answers
 
 
+def choose(device: str, dtype: str) -> tuple[str, str]:
+    """What "auto" means on this machine, as (device, dtype). Raises SettingsError for what is not there."""
+    chosen = _choose_device(device)
+    return chosen, _choose_dtype(dtype, chosen)
+
+
 def _choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,6 +179,7 @@ def _family_of(config: Any) -> type[Family]:
 
 def _load_model(path: str) -> tuple[nn.Module, bool]:
     """The encoder in float32, and whether its pooler came from the checkpoint (a missing one is drawn at random)."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # over weights on disk it tells nobody anything
     try:
         network, info = AutoModel.from_pretrained(
             path, dtype=torch.float32, attn_implementation=attention.NAME, output_loading_info=True

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
-from transformers.utils.logging import disable_progress_bar
 
 from app.domain import ProblemType, ReadoutKind
 from app.engine.backbone import EMBEDDED, Backbone, set_threads
@@ -82,7 +81,6 @@ def _folders(text: str) -> tuple[Path, ...]:
 def run(args: argparse.Namespace) -> int:
     """0; 1 with one sentence on stderr; 130 where it was interrupted."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers', over the loading of weights
     try:
         set_threads(args.threads)
         files = Files(args.train, args.dev, args.test)

@@ -45,12 +45,15 @@ class Catalog:
         return round(make_plan(_SHORTEST, [version], self.num_layers).passes, 4)
 
 
-def build_catalog(root: Path, engine: Engine, tokenizer: TextTokenizer) -> Catalog:
+def build_catalog(root: Path, engine: Engine, tokenizer: TextTokenizer, tolerance: float | None = None) -> Catalog:
     """Generation 1. The representation must answer first: that forward is what ready rests on.
 
+    `tolerance`: what golden scores may differ by; None: what suits the engine's dtype.
     Raises SettingsError where `root` is no folder, BackboneError where the backbone cannot do a forward.
     """
-    shelf = _Shelf(engine, tokenizer)
+    if tolerance is None:
+        tolerance = FULL_TOLERANCE if engine.spec.dtype == "float32" else HALF_TOLERANCE
+    shelf = _Shelf(engine, tokenizer, tolerance)
     shelf.add_representation()
     for folder in list_artifacts(root):
         shelf.add(root, folder)
@@ -60,9 +63,10 @@ def build_catalog(root: Path, engine: Engine, tokenizer: TextTokenizer) -> Catal
 class _Shelf:
     """Collects what loads while the catalogue is built."""
 
-    def __init__(self, engine: Engine, tokenizer: TextTokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: TextTokenizer, tolerance: float) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
+        self._tolerance = tolerance
         self._tasks: dict[str, dict[int, TaskVersion]] = {}
         self._representations: dict[str, TaskVersion] = {}
         self._evaluations: dict[str, Mapping[str, Any]] = {}
@@ -123,7 +127,6 @@ class _Shelf:
         if difference is None:
             return
         self._differences.append(difference)
-        tolerance = FULL_TOLERANCE if self._engine.spec.dtype == "float32" else HALF_TOLERANCE
-        if not difference <= tolerance:  # not a number is no agreement either
-            fault = f"golden scores differ by {difference:.2g}, and {tolerance:.0e} is allowed"
+        if not difference <= self._tolerance:  # not a number is no agreement either
+            fault = f"golden scores differ by {difference:.2g}, and {self._tolerance:.0e} is allowed"
             raise ArtifactError(artifact.manifest["task"], [fault])
