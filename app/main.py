@@ -25,7 +25,7 @@ from app.api import embeddings, health, predict, tasks
 from app.api.errors import install_handlers
 from app.api.middleware import Body, Border
 from app.config import Settings, is_loopback
-from app.engine.backbone import Backbone, choose, set_threads
+from app.engine.backbone import Backbone, choose, keep_freed_memory, set_threads
 from app.engine.engine import Engine
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
@@ -71,6 +71,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
 
 def open_runtime(settings: Settings) -> Runtime:
     """Loads everything and does a first forward. Raises SettingsError or BackboneError; takes seconds."""
+    keep_freed_memory()
     set_threads(settings.threads)
     engine, tokenizer, catalog = _open_engine(settings)
     admission = Admission(settings.max_concurrent_requests)

@@ -229,14 +229,18 @@ class Engine:
 
     def _answer(self, items: Sequence[_Item]) -> None:
         started = self._clock()
-        batch = lay_out([item.work for item in items], self.spec.num_layers, self._chunk_tokens)
         try:
+            batch = lay_out([item.work for item in items], self.spec.num_layers, self._chunk_tokens)
             outputs = run_batch(batch, self.backbone)
-        except Exception as error:
-            log.exception("a batch of %d rows failed", batch.num_rows)
+        except Exception:
+            log.exception("a batch of %d texts failed", len(items))
             for item in items:
-                _fail(item.ticket, EngineError(f"the batch failed: {error}"))
+                _fail(item.ticket, EngineError("the batch that this request was in failed; the server's log says why"))
             return
+        except BaseException:  # the thread ends, and these are in no queue any more
+            for item in items:
+                _fail(item.ticket, UnavailableError("the engine died while it computed this request"))
+            raise
         elapsed = self._clock() - started
         of_work = {id(work): out for work, out in zip(batch.works, outputs, strict=True)}
         for ticket in {id(item.ticket): item.ticket for item in items}.values():

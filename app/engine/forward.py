@@ -229,9 +229,9 @@ def _version_outputs(cohort: Cohort, index: int, pieces: list[Tensor], works: Se
             TaskOutput(tuple(row)) if good else TaskOutput(error="its scores are not finite")
             for row, good in zip(scores.tolist(), finite, strict=True)
         ]
-    except Exception as error:  # a fault of one version's tensors must not reach the batch's other tasks
+    except Exception:  # a fault of one version's tensors must not reach the batch's other tasks
         log.exception("version %s failed", version.digest)
-        return [TaskOutput(error=f"it failed while computing: {error}")] * len(works)
+        return [TaskOutput(error="it failed while computing; the server's log says why")] * len(works)
 
 
 def _token_outputs(logits: Tensor, works: Sequence[Work]) -> list[TaskOutput]:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Grid
 
 from app.domain import ProblemType, ReadoutKind
-from app.engine.backbone import EMBEDDED, Backbone, set_threads
+from app.engine.backbone import EMBEDDED, Backbone, keep_freed_memory, set_threads
 from app.errors import ManifoldError
 from app.learning.learn import Files, learn
 from app.learning.recipe import Recipe
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """0; 1 with one sentence on stderr; 130 where it was interrupted."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
+        keep_freed_memory()
         set_threads(args.threads)
         files = Files(args.train, args.dev, args.test)
         problem_type = None if args.problem_type is None else ProblemType(args.problem_type)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from app.engine.backbone import Backbone, set_threads
+from app.engine.backbone import Backbone, keep_freed_memory, set_threads
 from tests.bench.fanout import COUNTS, KINDS, Cell, measure_adapterhub, measure_engine, measure_peft
 from tests.bench.resident import Resident, measure_resident
 from tests.bench.startup import measure_startup
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=3.0, help="a cell is repeated until this is used up")
     parser.add_argument("--quick", action="store_true", help="32 tokens and up to 16 tasks only; writes no report")
     args = parser.parse_args()
+    keep_freed_memory()
     set_threads(args.threads)
     console = Console(highlight=False)
     counts = [n for n in COUNTS if n <= 16] if args.quick else COUNTS

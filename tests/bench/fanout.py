@@ -50,7 +50,8 @@ KINDS: dict[str, dict[str, object]] = {
     "own prefix, first layer 4": {"prefixes": [(VIRTUAL_TOKENS, 4)]},
     "own prefix, first layer 5": {"prefixes": [(VIRTUAL_TOKENS, 5)]},
     "one combination of 8 prefixes": {"prefixes": [(VIRTUAL_TOKENS, 3)] * 8, "shared": True},
-    "attention readouts of the trunk": {"readout": "attention", "layers": [2, 4, 6], "num_queries": 4, "hidden": 64},
+    "attention readouts, hidden 32": {"readout": "attention", "layers": [2, 4, 6], "num_queries": 4, "hidden": 32},
+    "attention readouts, hidden 64": {"readout": "attention", "layers": [2, 4, 6], "num_queries": 4, "hidden": 64},
 }
 
 

@@ -87,13 +87,26 @@ def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(engine_module, "run_batch", explode)
-        with pytest.raises(EngineError, match="out of memory"):
+        with pytest.raises(EngineError, match="batch that this request was in failed"):
             engine.submit(_request(engine, version)).result(timeout=10)
     assert engine.alive
     assert engine.submit(_request(engine, version)).result(timeout=10).outputs[0][0].error is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_thread_dies_in_a_batch_its_requests_are_told(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+
+    def die(batch, backbone):  # type: ignore[no-untyped-def]
+        raise SystemExit("device lost")
+
+    monkeypatch.setattr(engine_module, "run_batch", die)
+    with pytest.raises(UnavailableError, match="died while it computed"):
+        engine.submit(_request(engine, version)).result(timeout=10)
+
+
 def test_when_the_thread_dies_every_waiter_is_told_and_later_ones_are_refused(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,9 +95,9 @@ def learned(folder: Path, files: Files, backbone: Backbone, **changes: Any) -> d
     [
         (samples.single_rows, {}),
         (samples.single_rows, {"readout": ReadoutKind.MEAN, "hidden": 0, "epochs": 30, "learning_rate": 5e-2}),
-        (samples.single_rows, {"num_virtual_tokens": 4, "first_layer": 1}),
-        (samples.multi_rows, {"epochs": 25}),
-        (samples.regression_rows, {"epochs": 40}),
+        (samples.single_rows, {"num_virtual_tokens": 4, "first_layer": 1, "epochs": 8}),
+        (samples.multi_rows, {}),
+        (samples.regression_rows, {"epochs": 15}),
         (samples.pair_rows, {}),
     ],
     ids=["single", "mean", "late-fork", "multi", "regression", "pair"],
@@ -127,7 +127,7 @@ def test_it_learns_to_tag_tokens(tmp_path: Path, backbone: Backbone) -> None:
 
 
 def test_regression_answers_in_the_units_of_the_data(tmp_path: Path, backbone: Backbone) -> None:
-    learned(tmp_path, files_of(tmp_path, samples.regression_rows), backbone, epochs=40)
+    learned(tmp_path, files_of(tmp_path, samples.regression_rows), backbone, epochs=15)
     artifact = read_artifact(tmp_path / "out", backbone.spec)
     with evaluation.running(backbone) as engine:
         engine.load(artifact)
@@ -182,13 +182,13 @@ def test_combined_prefixes_are_taken_over_as_they_are(tmp_path: Path, backbone: 
     own = [json.loads((tmp_path / name / "manifest.json").read_text())["prefixes"][0] for name in ("two", "one")]
     assert [p["digest"] for p in manifest["prefixes"]] == [p["digest"] for p in own]
     assert [p["task"] for p in manifest["prefixes"]] == ["two", "one"]
-    assert manifest["evaluation"]["test"]["accuracy"] > 0.9
+    assert manifest["evaluation"]["test"]["accuracy"] > 0.8
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
 def test_peft_reads_a_full_prefix_and_gives_the_same_logits(tmp_path: Path, backbone: Backbone) -> None:
-    changes = {"readout": ReadoutKind.POOLER, "hidden": 0, "num_virtual_tokens": 4, "first_layer": 0}
+    changes = {"readout": ReadoutKind.POOLER, "hidden": 0, "num_virtual_tokens": 4, "first_layer": 0, "epochs": 2}
     manifest = learned(tmp_path, files_of(tmp_path, samples.single_rows), backbone, **changes)
     assert manifest["position_offset"] == 4
     base = BertForSequenceClassification.from_pretrained(backbone.path, num_labels=3)
