@@ -171,6 +171,8 @@ class EngineRequest:
 @dataclass(frozen=True, slots=True)
 class EngineResult:
     outputs: tuple[tuple[TaskOutput, ...], ...]  # [plan][version], in the request's order
+    rows: int  # trunks and branches that ran
+    passes: float  # what their plans state; more than the request's own where a plan was too large for one batch
     queue_s: float  # from submission until the first batch with one of its texts began
     inference_s: float  # the summed time of the batches it was in
 

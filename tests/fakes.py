@@ -89,7 +89,9 @@ class FakeEngine:
             future.set_exception(self.failure)
             return
         outputs = tuple(tuple(self._output(plan.encoding, v) for v in plan.versions) for plan in request.plans)
-        future.set_result(EngineResult(outputs, queue_s=0.001, inference_s=0.002))
+        rows = sum(len(plan.rows) for plan in request.plans)
+        passes = sum(plan.passes for plan in request.plans)
+        future.set_result(EngineResult(outputs, rows, passes, queue_s=0.001, inference_s=0.002))
 
     def _output(self, encoding: Encoding, version: TaskVersion) -> TaskOutput:
         if version.task in self.broken_tasks:

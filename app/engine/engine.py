@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from app.domain import EngineRequest, EngineResult, Plan, TaskOutput
@@ -36,6 +37,8 @@ class _Ticket:
     deadline_s: float | None
     outputs: list[list[tuple[TaskOutput, ...]]]  # [plan][part]
     missing: int  # parts still to come
+    rows: int
+    passes: float
     arrived_s: float
     begun_s: float | None = None
     inference_s: float = 0.0
@@ -150,6 +153,8 @@ class Engine:
             deadline_s=request.deadline_s,
             outputs=[[()] * len(pieces) for pieces in parts],
             missing=sum(map(len, parts)),
+            rows=sum(len(plan.rows) for pieces in parts for plan in pieces),
+            passes=sum(plan.passes for pieces in parts for plan in pieces),
             arrived_s=now,
         )
         items = [
@@ -158,7 +163,7 @@ class Engine:
             for part, plan in enumerate(pieces)
         ]
         if not items:
-            ticket.future.set_result(EngineResult((), 0.0, 0.0))
+            ticket.future.set_result(EngineResult((), 0, 0.0, 0.0, 0.0))
         return items, ticket.future
 
     def _item(self, ticket: _Ticket, plan_index: int, part: int, plan: Plan) -> _Item:
@@ -216,14 +221,13 @@ class Engine:
         return [item for item in items if self._still_wanted(item.ticket, now)]
 
     def _still_wanted(self, ticket: _Ticket, now: float) -> bool:
+        """Also asked of the later texts of a request that has begun: its future stays cancellable to the end."""
         if ticket.future.done():
             return False
+        if ticket.deadline_s is not None and now > ticket.deadline_s:
+            _fail(ticket, DeadlineError("the deadline passed while the request was queued"))
+            return False
         if ticket.begun_s is None:
-            if ticket.deadline_s is not None and now > ticket.deadline_s:
-                _fail(ticket, DeadlineError("the deadline passed while the request was queued"))
-                return False
-            if not ticket.future.set_running_or_notify_cancel():
-                return False
             ticket.begun_s = now
         return True
 
@@ -265,15 +269,15 @@ def _deliver(item: _Item, outputs: tuple[TaskOutput, ...]) -> None:
     ticket = item.ticket
     ticket.outputs[item.plan_index][item.part] = outputs
     ticket.missing -= 1
-    if ticket.missing or ticket.future.done():
+    if ticket.missing:
         return
     begun = ticket.begun_s if ticket.begun_s is not None else ticket.arrived_s
     joined = tuple(tuple(output for part in parts for output in part) for parts in ticket.outputs)
-    ticket.future.set_result(EngineResult(joined, begun - ticket.arrived_s, ticket.inference_s))
+    result = EngineResult(joined, ticket.rows, ticket.passes, begun - ticket.arrived_s, ticket.inference_s)
+    with suppress(InvalidStateError):  # it has ended already: cancelled, or failed with another of its texts
+        ticket.future.set_result(result)
 
 
 def _fail(ticket: _Ticket, error: ManifoldError) -> None:
-    try:
+    with suppress(InvalidStateError):
         ticket.future.set_exception(error)
-    except InvalidStateError:
-        return  # it has ended already: cancelled, or failed with another of its texts

@@ -65,8 +65,7 @@ class _Run:
     @property
     def usage(self) -> Usage:
         tokens = sum(len(plan.encoding) for plan in self.plans)
-        rows = sum(len(plan.rows) for plan in self.plans)
-        return Usage(tokens, rows, round(sum(plan.passes for plan in self.plans), 4))
+        return Usage(tokens, self.result.rows, round(self.result.passes, 4))
 
     @property
     def timings(self) -> Timings:

@@ -168,6 +168,21 @@ def test_a_cancelled_request_is_dropped_before_it_runs(
         gone.result(timeout=10)
 
 
+def test_the_rest_of_a_request_is_dropped_when_its_client_goes_in_the_middle(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_batch_rows=2)
+    version = _load(engine, "task")
+    plans = tuple(make_plan(random_encoding(9, seed), [version], engine.spec.num_layers) for seed in range(6))
+    gate = _Gate(monkeypatch)
+    future = engine.submit(EngineRequest(plans))
+    assert gate.entered.wait(10)
+    assert future.cancel()
+    gate.open()
+    engine.submit(_request(engine, version)).result(timeout=10)
+    assert gate.batches == [2, 1]
+
+
 def test_work_whose_deadline_passed_in_the_queue_is_dropped(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from app.domain import Encoding, TaskVersion
+from app.domain import Encoding, EngineRequest, TaskVersion
 from app.engine.engine import Engine
+from app.engine.plan import make_plan
 from tests.engine.models import (
     FAMILY_NAMES,
     LAYERS,
@@ -125,10 +126,15 @@ def test_a_text_with_more_branches_than_a_batch_holds_is_answered_in_parts(make_
     kinds = {f"t{i}": {"prefixes": [(3, 2)]} for i in range(12)}
     small, large = make_engine("bert", max_batch_tokens=100), make_engine("bert")
     encoding = random_encoding(20, 5)
-    in_parts = run(small, (encoding, list(_load(small, **kinds).values())))[0]
-    at_once = run(large, (encoding, list(_load(large, **kinds).values())))[0]
-    for a, b in zip(in_parts, at_once, strict=True):
+    results = []
+    for engine in (small, large):
+        plan = make_plan(encoding, list(_load(engine, **kinds).values()), LAYERS)
+        results.append(engine.submit(EngineRequest((plan,))).result(timeout=60))
+    in_parts, at_once = results
+    for a, b in zip(in_parts.outputs[0], at_once.outputs[0], strict=True):
         assert_close(a.scores, b.scores)
+    assert at_once.passes == plan.passes
+    assert in_parts.passes > plan.passes  # each part has a trunk of its own, and says so
 
 
 def test_prefixes_and_texts_really_change_the_scores(make_engine: MakeEngine) -> None:
