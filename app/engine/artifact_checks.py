@@ -67,6 +67,9 @@ def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[st
     if manifest.get("problem_type") != ProblemType.EMBEDDING:
         faults += _head_faults(_mapping(manifest, "head"))
     faults += _golden_faults(manifest.get("golden", []))
+    faults += _token_faults(manifest)
+    if not isinstance(manifest.get("evaluation", {}), dict):
+        faults.append("evaluation must be an object")
     return faults
 
 
@@ -152,6 +155,16 @@ def _head_faults(head: Mapping[str, Any]) -> list[str]:
     if head.get("activation", "tanh") not in ACTIVATIONS:
         faults.append(f'head.activation is "{head.get("activation")}": it must be one of {", ".join(ACTIVATIONS)}')
     return faults
+
+
+def _token_faults(manifest: Mapping[str, Any]) -> list[str]:
+    """Token classification and the tokens readout go together, over single texts."""
+    is_token = manifest.get("problem_type") == ProblemType.TOKEN
+    if is_token != (_mapping(manifest, "readout").get("kind") == ReadoutKind.TOKENS):
+        return ["token_classification needs the readout tokens, and no other problem type can have it"]
+    return (
+        ["token_classification reads single texts, not pairs"] if is_token and manifest.get("input") == "pair" else []
+    )
 
 
 def _golden_faults(golden: Any) -> list[str]:

@@ -27,7 +27,7 @@ class Segment:
     stop: int
     key: Tensor | None  # [stop - start, heads, virtual tokens, head size]; None: these rows have no prefix here
     value: Tensor | None
-    mask: Tensor | None  # bool, [rows, 1, 1 or tokens, virtual tokens + tokens], True: may be seen; None: all may
+    mask: Tensor | None  # [rows, 1, 1 or tokens, virtual tokens + tokens]: 0 may be seen, -inf not; None: all may
 
 
 def attend(

@@ -22,7 +22,7 @@ from app.engine.forward import run_batch
 from app.engine.plan import split_plan
 from app.engine.prefix_bank import PrefixBank
 from app.engine.scheduler import Scheduler
-from app.errors import DeadlineError, EngineError, ManifoldError, UnavailableError
+from app.errors import DeadlineError, EngineError, ManifoldError, UnavailableError, UnservableError
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class _Ticket:
 
     future: Future[EngineResult]
     deadline_s: float | None
-    outputs: list[list[tuple[TaskOutput, ...]]]  # [plan][part]
+    wanted: list[tuple[str, ...]]  # [plan]: its versions' digests, in the request's order
+    outputs: list[dict[str, TaskOutput]]  # [plan]: by digest, what is there so far
     missing: int  # parts still to come
     rows: int
     passes: float
@@ -50,7 +51,6 @@ class _Item:
 
     ticket: _Ticket
     plan_index: int
-    part: int
     work: Work
     num_rows: int
     num_tokens: int
@@ -147,32 +147,30 @@ class Engine:
 
     def _items(self, request: EngineRequest) -> tuple[list[_Item], Future[EngineResult]]:
         now = self._clock()
+        if not all(plan.versions for plan in request.plans):
+            raise UnservableError("a plan asks for no version")
         parts = [split_plan(p, self.spec.num_layers, self._scheduler.max_batch_tokens) for p in request.plans]
         ticket = _Ticket(
             future=Future(),
             deadline_s=request.deadline_s,
-            outputs=[[()] * len(pieces) for pieces in parts],
+            wanted=[tuple(version.digest for version in plan.versions) for plan in request.plans],
+            outputs=[{} for _ in request.plans],
             missing=sum(map(len, parts)),
             rows=sum(len(plan.rows) for pieces in parts for plan in pieces),
             passes=sum(plan.passes for pieces in parts for plan in pieces),
             arrived_s=now,
         )
-        items = [
-            self._item(ticket, plan_index, part, plan)
-            for plan_index, pieces in enumerate(parts)
-            for part, plan in enumerate(pieces)
-        ]
+        items = [self._item(ticket, plan_index, plan) for plan_index, pieces in enumerate(parts) for plan in pieces]
         if not items:
             ticket.future.set_result(EngineResult((), 0, 0.0, 0.0, 0.0))
         return items, ticket.future
 
-    def _item(self, ticket: _Ticket, plan_index: int, part: int, plan: Plan) -> _Item:
+    def _item(self, ticket: _Ticket, plan_index: int, plan: Plan) -> _Item:
         residents = tuple(self.bank.get(version.digest) for version in plan.versions)
         rows, tokens = len(plan.rows), len(plan.encoding)
         return _Item(
             ticket,
             plan_index,
-            part,
             Work(plan, residents),
             num_rows=rows,
             num_tokens=tokens,
@@ -195,9 +193,8 @@ class Engine:
     def step(self) -> None:
         """Take in what came, choose a batch, run it, answer."""
         self._take_in()
-        items = self._begin(self._scheduler.next_batch()) if self._is_due() else []
-        if items:
-            self._answer(items)
+        if self._is_due():
+            self._answer(self._scheduler.next_batch())
 
     def _is_due(self) -> bool:
         return self._scheduler.wait_s(self._clock()) == 0.0
@@ -215,11 +212,6 @@ class Engine:
         except queue.Empty:
             return
 
-    def _begin(self, items: Sequence[_Item]) -> list[_Item]:
-        """The items still worth running: cancelled requests are dropped, late ones get DeadlineError."""
-        now = self._clock()
-        return [item for item in items if self._still_wanted(item.ticket, now)]
-
     def _still_wanted(self, ticket: _Ticket, now: float) -> bool:
         """Also asked of the later texts of a request that has begun: its future stays cancellable to the end."""
         if ticket.future.done():
@@ -232,10 +224,8 @@ class Engine:
         return True
 
     def _answer(self, items: Sequence[_Item]) -> None:
-        started = self._clock()
         try:
-            batch = lay_out([item.work for item in items], self.spec.num_layers, self._chunk_tokens)
-            outputs = run_batch(batch, self.backbone)
+            self._run_and_deliver(items)
         except Exception:
             log.exception("a batch of %d texts failed", len(items))
             for item in items:
@@ -245,6 +235,15 @@ class Engine:
             for item in items:
                 _fail(item.ticket, UnavailableError("the engine died while it computed this request"))
             raise
+
+    def _run_and_deliver(self, waiting: Sequence[_Item]) -> None:
+        """Run what is still wanted: cancelled requests are dropped, late ones get DeadlineError."""
+        started = self._clock()
+        items = [item for item in waiting if self._still_wanted(item.ticket, started)]
+        if not items:
+            return
+        batch = lay_out([item.work for item in items], self.spec.num_layers, self._chunk_tokens)
+        outputs = run_batch(batch, self.backbone)
         elapsed = self._clock() - started
         of_work = {id(work): out for work, out in zip(batch.works, outputs, strict=True)}
         for ticket in {id(item.ticket): item.ticket for item in items}.values():
@@ -267,12 +266,16 @@ class Engine:
 
 def _deliver(item: _Item, outputs: tuple[TaskOutput, ...]) -> None:
     ticket = item.ticket
-    ticket.outputs[item.plan_index][item.part] = outputs
+    digests = (version.digest for version in item.work.plan.versions)
+    ticket.outputs[item.plan_index].update(zip(digests, outputs, strict=True))
     ticket.missing -= 1
     if ticket.missing:
         return
     begun = ticket.begun_s if ticket.begun_s is not None else ticket.arrived_s
-    joined = tuple(tuple(output for part in parts for output in part) for parts in ticket.outputs)
+    joined = tuple(
+        tuple(outputs[digest] for digest in digests)
+        for digests, outputs in zip(ticket.wanted, ticket.outputs, strict=True)
+    )
     result = EngineResult(joined, ticket.rows, ticket.passes, begun - ticket.arrived_s, ticket.inference_s)
     with suppress(InvalidStateError):  # it has ended already: cancelled, or failed with another of its texts
         ticket.future.set_result(result)

@@ -47,13 +47,15 @@ def _trunk(reads: list[int], branches: Sequence[Row], versions: Sequence[TaskVer
 def split_plan(plan: Plan, num_layers: int, max_cost_tokens: int) -> list[Plan]:
     """The plan itself, or several of at most `max_cost_tokens`, each with a trunk of its own.
 
-    For a text with so many branches that they do not fit one batch. The parts' versions, one after another, are the
-    plan's; their passes add up to what is really run. A part of a single version is never split.
+    For a text with so many branches that they do not fit one batch. The parts' versions may stand in another order
+    than the plan's; their passes add up to what is really run. What reads one row stays together.
     """
-    if plan.cost_tokens <= max_cost_tokens or len(plan.versions) == 1:
+    readers = [row.reads for row in plan.rows if row.reads]
+    if plan.cost_tokens <= max_cost_tokens or len(readers) <= 1:
         return [plan]
-    half = len(plan.versions) // 2
-    parts = [make_plan(plan.encoding, part, num_layers) for part in (plan.versions[:half], plan.versions[half:])]
+    half = len(readers) // 2
+    chosen = ([plan.versions[i] for reads in rows for i in reads] for rows in (readers[:half], readers[half:]))
+    parts = [make_plan(plan.encoding, versions, num_layers) for versions in chosen]
     return [piece for part in parts for piece in split_plan(part, num_layers, max_cost_tokens)]
 
 

@@ -28,7 +28,6 @@ class TextTokenizer:
             raise BackboneError(f"no tokenizer can be loaded from {model_path}: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise BackboneError(f"{model_path} has no fast tokenizer (tokenizer.json), which serving needs")
-        self.max_tokens: int | None = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else None
         self._plain: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.no_padding()
         self._plain.no_truncation()

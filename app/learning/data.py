@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -150,7 +151,7 @@ def _json_records(path: Path, text: str) -> Iterator[tuple[int, _Record]]:
 
 def _table_records(path: Path, text: str, is_tsv: bool) -> Iterator[tuple[int, _Record]]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
-    lines = text.splitlines(keepends=True) if not is_tsv else text.split("\n")
+    lines = text.split("\n") if is_tsv else list(io.StringIO(text, newline=""))  # splitlines also splits at U+2028
     reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(lines, strict=True)
     try:
         header = next(reader, None)
@@ -201,7 +202,7 @@ def _input_kind(path: Path, columns: Sequence[str], kind: ProblemType) -> InputK
 
 def _example(path: Path, line: int, record: _Record, kind: ProblemType, answer: str, input_kind: InputKind) -> Example:
     where = f"{path.name}, line {line}"
-    if answer not in record:
+    if record.get(answer) is None:
         raise DataError(f"{where} has no {answer}")
     value = record[answer]
     if kind is ProblemType.TOKEN:

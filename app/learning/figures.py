@@ -54,10 +54,17 @@ def macro_f1(found: Bools, gold: Bools) -> float:
 def f1_by_threshold(scores: Floats, gold: Bools) -> tuple[Floats, Floats]:
     """For each label the best F1 over a grid of thresholds, and the threshold. Both arguments [texts, labels]."""
     f1 = np.stack([_f1_of_columns(scores >= threshold, gold) for threshold in _GRID])  # [grid, labels]
-    # Of equally good thresholds the middle one: it is the least an accident of this set.
     best = f1.max(axis=0)
-    thresholds = np.array([np.median(_GRID[f1[:, i] >= best[i] - 1e-9]) for i in range(f1.shape[1])])
+    thresholds = np.array([_middle_of_longest_run(f1[:, i] >= best[i] - 1e-9) for i in range(f1.shape[1])])
     return best, thresholds
+
+
+def _middle_of_longest_run(good: Bools) -> float:
+    """Of equally good thresholds [grid] the middle of the longest stretch: the least an accident of this set."""
+    starts = [i for i in range(len(good)) if good[i] and (i == 0 or not good[i - 1])]
+    stops = [i + 1 for i in range(len(good)) if good[i] and (i + 1 == len(good) or not good[i + 1])]
+    start, stop = max(zip(starts, stops, strict=True), key=lambda run: run[1] - run[0])
+    return float(_GRID[(start + stop - 1) // 2])
 
 
 def pearson(found: Sequence[float], gold: Sequence[float]) -> float:

@@ -139,9 +139,14 @@ def _train(recipe: Recipe, tables: Tables, backbone: Backbone, tokenizer: TextTo
 
 def _fold(tensors: dict[str, Tensor], recipe: Recipe, scaling: Scaling) -> None:
     """Let the last layer answer in the data's own units."""
-    weight, bias = head_tensor_names(HeadKind.HIDDEN if recipe.hidden else HeadKind.LINEAR)[-2:]
+    weight, bias = _last_layer(recipe)
     tensors[weight] = tensors[weight] * scaling.std
     tensors[bias] = tensors[bias] * scaling.std + scaling.mean
+
+
+def _last_layer(recipe: Recipe) -> tuple[str, ...]:
+    """The names of its weight and bias."""
+    return head_tensor_names(HeadKind.HIDDEN if recipe.hidden else HeadKind.LINEAR)[-2:]
 
 
 def _add_prefixes(tensors: dict[str, Tensor], model: TaskModel, frozen: Frozen) -> list[dict[str, object]]:
@@ -171,7 +176,9 @@ def _write(
     """Write the tensors, measure what is read back, and write the manifest last: without it nothing is loadable."""
     tables = learned.tables
     manifest = _manifest(learned, exact.spec)
-    writer.write_tensors(folder, learned.tensors)
+    # A regression's last layer holds the data's own units, which may be large and close together.
+    in_units = _last_layer(learned.recipe) if tables.train.problem_type is ProblemType.REGRESSION else ()
+    writer.write_tensors(folder, learned.tensors, exact=in_units)
     artifact = build_artifact(manifest, writer.read_tensors(folder), exact.spec, "draft", folder.name)
     with evaluation.running(exact) as engine:
         measured = {name: table for name, table in tables.named.items() if name != "train"}

@@ -59,7 +59,9 @@ def run_layers(
 
 def _segment(backbone: Backbone, layer: int, mask: Tensor, prefixes: Sequence[LayerPrefix]) -> Segment:
     rows = mask.shape[0]
-    seen = [p.vectors[layer - p.first_layer].to(backbone.dtype) for p in prefixes if p.first_layer <= layer]
+    seen = [
+        p.vectors[layer - p.first_layer].to(backbone.device, backbone.dtype) for p in prefixes if p.first_layer <= layer
+    ]
     if not seen:
         return Segment(0, rows, None, None, _visible(backbone, layer, mask, 0))
     joined = torch.cat(seen, dim=2)  # [2, heads, virtual tokens, head size]

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,14 @@ def check_out(out: Path) -> None:
         raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """In half precision. Written as bytes: safetensors' own file would be readable by its owner alone."""
-    stored = {name: tensor.to(STORED).contiguous() for name, tensor in sorted(tensors.items())}
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], exact: Collection[str] = ()) -> None:
+    """In half precision, but those named in `exact`, which stay as they are.
+
+    Written as bytes: safetensors' own file would be readable by its owner alone.
+    """
+    stored = {
+        name: (tensor if name in exact else tensor.to(STORED)).contiguous() for name, tensor in sorted(tensors.items())
+    }
     (folder / TENSORS).write_bytes(save(stored, metadata={"format": "pt"}))
 
 

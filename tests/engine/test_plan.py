@@ -71,9 +71,18 @@ def test_the_budget_counts_rows_times_tokens_and_virtual_tokens() -> None:
     assert plan.cost_tokens == 3 * len(TEXT) + 4 + 8
 
 
-def test_a_split_plan_keeps_every_version_in_order_and_states_what_it_really_runs() -> None:
+def test_a_split_plan_keeps_every_version_and_states_what_it_really_runs() -> None:
     plan = _plan(*(_version(f"t{i}", (f"p{i}", 3)) for i in range(10)))
     parts = split_plan(plan, LAYERS, max_cost_tokens=30)
-    assert [v for part in parts for v in part.versions] == list(plan.versions)
+    assert {v.task for part in parts for v in part.versions} == {v.task for v in plan.versions}
     assert all(part.cost_tokens <= 30 for part in parts)
     assert sum(part.passes for part in parts) > plan.passes
+
+
+def test_a_split_never_parts_those_that_read_one_row() -> None:
+    on_the_trunk = [_version(f"t{i}") for i in range(9)]
+    assert len(split_plan(_plan(*on_the_trunk), LAYERS, max_cost_tokens=1)) == 1
+    mixed = [v for i, bare in enumerate(on_the_trunk) for v in (bare, _version(f"own{i % 3}x{i}", (f"p{i % 3}", 3)))]
+    parts = split_plan(_plan(*mixed), LAYERS, max_cost_tokens=12)
+    assert len(parts) == 4
+    assert sum(part.passes for part in parts) == 1 + 3

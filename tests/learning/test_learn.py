@@ -281,3 +281,19 @@ def test_the_engine_agrees_with_the_training_pass(tmp_path: Path, backbone: Back
     )
     best = max(epoch.dev for epoch in figures)
     assert manifest["evaluation"]["dev"]["accuracy"] == pytest.approx(best, abs=0.02)
+
+
+def test_a_regression_far_from_zero_keeps_its_units(tmp_path: Path, backbone: Backbone) -> None:
+    """In half precision 200,000 is infinite, and near 2,000 values are two apart."""
+    files = files_of(tmp_path, samples.regression_rows)
+    for path in (files.train, files.dev, files.test):
+        assert path is not None
+        header, *rows = path.read_text().splitlines()
+        moved = (f"{text}\t{200_000 + float(score) / 100}" for text, score in (row.split("\t") for row in rows))
+        path.write_text("\n".join((header, *moved)) + "\n")
+    learned(tmp_path, files, backbone)
+    artifact = read_artifact(tmp_path / "out", backbone.spec)
+    with evaluation.running(backbone) as engine:
+        engine.load(artifact)
+        (output,) = predict(engine, TextTokenizer(backbone.path), artifact, [TextInput("good fine great nice")])
+    assert output.scores[0] == pytest.approx(200_001.4, abs=0.1)
