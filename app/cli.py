@@ -179,7 +179,9 @@ def _ask(options: argparse.Namespace, method: str, path: str, body: dict[str, An
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise MalformedError(f"{url} is not an address of a server: {error}") from error
     except httpx2.ConnectError as error:
-        raise UnavailableError(f"nothing answers at {url}: start a server with `manifold serve`, or say with --url where it is") from error
+        raise UnavailableError(
+            f"nothing answers at {url}: start a server with `manifold serve`, or say with --url where it is"
+        ) from error
     except httpx2.HTTPError as error:
         raise UnavailableError(f"the connection to {url} failed: {str(error) or type(error).__name__}") from error
 
