@@ -99,7 +99,8 @@ def test_a_server_that_is_not_there_is_told_with_what_to_do(capsys: Captured, mo
     monkeypatch.setenv("MANIFOLD_PORT", str(port))
     assert main(["tasks"]) == 1
     assert capsys.readouterr().err == (
-        f"manifold: nothing answers at http://127.0.0.1:{port}: start a server with `manifold serve`, or say with --url where it is\n"
+        f"manifold: nothing answers at http://127.0.0.1:{port}: "
+        "start a server with `manifold serve`, or say with --url where it is\n"
     )
 
 
