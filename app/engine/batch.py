@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from app.domain import Plan, ReadoutKind, Row
+from app.domain import Plan, Readout, Row
 from app.engine.prefix_bank import ResidentPrefix, ResidentVersion
 
 
@@ -63,15 +63,22 @@ class Chunk:
 LayerStep = tuple[Chunk, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Readers:
+    """Versions of one cohort that read one row in the same way: what they read stands in one tensor."""
+
+    cohort: int
+    versions: tuple[int, ...]  # of the cohort
+    residents: tuple[ResidentVersion, ...]  # theirs
+    readout: Readout
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What is read of one block behind one layer."""
+    """Who reads one block behind one layer."""
 
     block: Block
-    pooled: tuple[int, ...]  # versions of the cohort that read the mean, and their own queries where they have some
-    first_token: tuple[int, ...]  # versions that read the first token
-    pooler: tuple[int, ...]
-    tokens: tuple[int, ...]  # versions that read every token
+    readers: tuple[Readers, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -180,27 +187,23 @@ def _sources(
 
 def _reads(cohorts: Sequence[Cohort]) -> dict[int, tuple[Read, ...]]:
     """For each layer, what is read of which block."""
-    found: dict[int, dict[tuple[int, int], list[int]]] = {}
+    found: dict[int, dict[Block, list[Readers]]] = {}
     for number, cohort in enumerate(cohorts):
         for block in cohort.blocks:
-            for index in block.row.reads:
-                for layer in cohort.residents[index].version.readout.layers:
-                    source = 0 if block.row.from_trunk and layer <= block.row.start_layer else block.index
-                    found.setdefault(layer, {}).setdefault((number, source), []).append(index)
+            for readers in _readers(number, cohort, block):
+                for layer in readers.readout.layers:
+                    below_fork = block.row.from_trunk and layer <= block.row.start_layer
+                    source = cohort.blocks[0] if below_fork else block
+                    found.setdefault(layer, {}).setdefault(source, []).append(readers)
     return {
-        layer: tuple(_read(cohorts[number], source, readers) for (number, source), readers in by_block.items())
+        layer: tuple(Read(block, tuple(readers)) for block, readers in by_block.items())
         for layer, by_block in found.items()
     }
 
 
-def _read(cohort: Cohort, source: int, readers: Sequence[int]) -> Read:
-    def having(*kinds: ReadoutKind) -> tuple[int, ...]:
-        return tuple(i for i in readers if cohort.residents[i].version.readout.kind in kinds)
-
-    return Read(
-        block=cohort.blocks[source],
-        pooled=having(ReadoutKind.MEAN, ReadoutKind.ATTENTION),
-        first_token=having(ReadoutKind.CLS),
-        pooler=having(ReadoutKind.POOLER),
-        tokens=having(ReadoutKind.TOKENS),
-    )
+def _readers(number: int, cohort: Cohort, block: Block) -> Iterator[Readers]:
+    alike: dict[Readout, list[int]] = {}
+    for index in block.row.reads:
+        alike.setdefault(cohort.residents[index].version.readout, []).append(index)
+    for readout, versions in alike.items():
+        yield Readers(number, tuple(versions), tuple(cohort.residents[i] for i in versions), readout)

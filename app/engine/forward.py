@@ -6,6 +6,7 @@ Knows tensors and the batch's layout; nothing of requests, queues or threads.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,13 +17,16 @@ from torch import Tensor
 from app.domain import ProblemType, ReadoutKind, TaskOutput
 from app.engine.attention import Segment
 from app.engine.backbone import Backbone
-from app.engine.batch import Batch, Block, Chunk, Cohort, LayerStep, Placed, Read, Work
+from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers, Work
 from app.engine.families import Context
 from app.engine.heads import join_layers, pool_tokens, scores_of
+from app.engine.prefix_bank import ResidentVersion
 
 log = logging.getLogger(__name__)
 
-_Pieces = dict[tuple[int, int], list[Tensor]]  # (cohort, version) → what it reads, a tensor a layer
+_Pieces = dict[Readers, list[Tensor]]  # what each reads, layer by layer
+
+_NOT_FINITE = TaskOutput(error="its scores are not finite")
 
 
 @torch.inference_mode()
@@ -145,105 +149,122 @@ def _block_prefix(block: Block, layer: int) -> tuple[Tensor, Tensor]:
 def _take_all(
     batch: Batch, layer: int, step: LayerStep, states: Sequence[Tensor], inputs: _Inputs, pieces: _Pieces
 ) -> None:
-    where = {
-        (p.block.cohort, p.block.index): (number, slice(p.start, p.stop))
-        for number, chunk in enumerate(step)
-        for p in chunk.placed
-    }
+    where = {p.block: (number, slice(p.start, p.stop)) for number, chunk in enumerate(step) for p in chunk.placed}
     for read in batch.reads[layer]:
-        number, rows = where[read.block.cohort, read.block.index]
-        _take(read, inputs.backbone.read_states(layer, states[number][rows]), layer, batch, inputs, pieces)
+        number, rows = where[read.block]
+        seen = inputs.backbone.read_states(layer, states[number][rows])
+        for readers, found in _take(read, seen, layer, inputs):
+            pieces.setdefault(readers, []).extend(found)
 
 
-def _take(read: Read, states: Tensor, layer: int, batch: Batch, inputs: _Inputs, pieces: _Pieces) -> None:
-    """Read one block's states [rows, tokens, d] behind one layer for all its readers at once."""
-    cohort = batch.cohorts[read.block.cohort]
+def _take(read: Read, states: Tensor, layer: int, inputs: _Inputs) -> Iterator[tuple[Readers, list[Tensor]]]:
+    """What each of a block's readers finds in its states [rows, tokens, d] behind one layer.
 
-    def keep(version: int, *read_here: Tensor) -> None:
-        pieces.setdefault((read.block.cohort, version), []).extend(read_here)
-
-    if read.pooled:
+    [rows, versions, n, d] each; for those that read every token [rows, tokens, d].
+    """
+    pooled = [r for r in read.readers if r.readout.kind in (ReadoutKind.MEAN, ReadoutKind.ATTENTION)]
+    if pooled:
         mask = None if inputs.text_mask is None else inputs.text_mask[read.block.plans]
-        for version, mean_and_own in _pooled(cohort, read.pooled, states, layer, mask):
-            keep(version, *mean_and_own)
-    for version in read.first_token:
-        keep(version, states[:, :1].float())
-    if read.pooler:
-        vector = inputs.backbone.pool(states).float().unsqueeze(1)
-        for version in read.pooler:
-            keep(version, vector)
-    for version in read.tokens:
-        keep(version, states.float())
+        yield from _pool(pooled, states, layer, mask)
+    for readers in read.readers:
+        match readers.readout.kind:
+            case ReadoutKind.CLS:
+                yield readers, [_for_each(readers, states[:, :1].float())]
+            case ReadoutKind.POOLER:
+                yield readers, [_for_each(readers, inputs.backbone.pool(states).float().unsqueeze(1))]
+            case ReadoutKind.TOKENS:
+                yield readers, [states.float()]
 
 
-def _pooled(
-    cohort: Cohort, versions: Sequence[int], states: Tensor, layer: int, mask: Tensor | None
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """(version, the mean and what its own queries found): one matrix product for all queries of all versions."""
-    own = {i: _queries(cohort, i, layer) for i in versions}
-    present = [queries for queries in own.values() if queries is not None]
-    mean, *attended = pool_tokens(states, torch.cat(present) if present else None, mask)
+def _pool(
+    all_readers: Sequence[Readers], states: Tensor, layer: int, mask: Tensor | None
+) -> Iterator[tuple[Readers, list[Tensor]]]:
+    """The mean, and what the readers' own queries find: one matrix product for all queries of all versions."""
+    queries = [
+        resident.head.queries[readers.readout.layers.index(layer)]
+        for readers in all_readers
+        for resident in readers.residents
+        if resident.head.queries is not None
+    ]
+    mean, *attended = pool_tokens(states, torch.cat(queries) if queries else None, mask)
     start = 0
-    for version, queries in own.items():
-        if queries is None:
-            yield version, (mean,)
-            continue
-        stop = start + queries.shape[0]
-        yield version, (mean, attended[0][:, start:stop])
-        start = stop
+    for readers in all_readers:
+        found = [_for_each(readers, mean)]
+        if readers.readout.num_queries:
+            stop = start + len(readers.versions) * readers.readout.num_queries
+            found.append(attended[0][:, start:stop].unflatten(1, (len(readers.versions), -1)))
+            start = stop
+        yield readers, found
 
 
-def _queries(cohort: Cohort, version: int, layer: int) -> Tensor | None:
-    """[num_queries, d] of this version at this layer."""
-    resident = cohort.residents[version]
-    if resident.head.queries is None:
-        return None
-    return resident.head.queries[resident.version.readout.layers.index(layer)]
+def _for_each(readers: Readers, found: Tensor) -> Tensor:
+    """[rows, n, d] → [rows, versions, n, d], the same for every version."""
+    return found.unsqueeze(1).expand(-1, len(readers.versions), -1, -1)
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
 def _outputs(batch: Batch, pieces: _Pieces) -> list[tuple[TaskOutput, ...]]:
+    """All scores leave the device in one transfer."""
+    scores: dict[tuple[int, int], Tensor] = {}  # (cohort, version) → [rows, labels]; [rows, tokens, 2] for tokens
+    for readers, found in pieces.items():
+        for version, here in _scores(readers, found):
+            scores[readers.cohort, version] = here
+    on_host, all_finite = _to_host(list(scores.values()))
+    columns = dict(zip(scores, on_host, strict=True))
     outputs: list[tuple[TaskOutput, ...]] = []
     for number, cohort in enumerate(batch.cohorts):
         works = batch.works[cohort.plans]
-        columns = [
-            _version_outputs(cohort, index, pieces.get((number, index), []), works)
-            for index in range(len(cohort.residents))
+        of_versions = [
+            _column(resident, columns.get((number, index)), works, all_finite)
+            for index, resident in enumerate(cohort.residents)
         ]
-        outputs.extend(zip(*columns, strict=True))
+        outputs.extend(zip(*of_versions, strict=True))
     return outputs
 
 
-def _version_outputs(cohort: Cohort, index: int, pieces: list[Tensor], works: Sequence[Work]) -> list[TaskOutput]:
-    """One version's outputs for its cohort's texts. What breaks here breaks this version alone."""
-    resident = cohort.residents[index]
-    version = resident.version
-    try:
-        if version.readout.kind is ReadoutKind.TOKENS:
-            return _token_outputs(resident.head.logits(torch.cat(pieces, dim=-1)), works)
-        scores = scores_of(version.problem_type, resident.head.logits(join_layers(pieces)))
-        finite = scores.isfinite().all(dim=-1).tolist()
-        return [
-            TaskOutput(tuple(row)) if good else TaskOutput(error="its scores are not finite")
-            for row, good in zip(scores.tolist(), finite, strict=True)
-        ]
-    except Exception:  # a fault of one version's tensors must not reach the batch's other tasks
-        log.exception("version %s failed", version.digest)
+def _scores(readers: Readers, pieces: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """(version, its scores). A version that breaks is left out, and breaks alone."""
+    is_token = readers.readout.kind is ReadoutKind.TOKENS
+    features = torch.cat(tuple(pieces), dim=-1) if is_token else join_layers(pieces)
+    for position, (version, resident) in enumerate(zip(readers.versions, readers.residents, strict=True)):
+        try:
+            logits = resident.head.logits(features if is_token else features[:, position])
+            scores = scores_of(resident.version.problem_type, logits)
+            if is_token:
+                best = scores.max(dim=-1)
+                scores = torch.stack((best.values, best.indices.to(best.values.dtype)), dim=-1)
+        except Exception:  # a fault of one version's tensors must not reach the batch's other tasks
+            log.exception("version %s failed", resident.version.digest)
+        else:
+            yield version, scores
+
+
+def _to_host(scores: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """The tensors on the host, and whether all their numbers are finite."""
+    if not scores:
+        return [], True
+    flat = torch.cat([tensor.flatten() for tensor in scores]).cpu()
+    parts = flat.split([tensor.numel() for tensor in scores])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, scores, strict=True)], bool(flat.isfinite().all())
+
+
+def _column(
+    resident: ResidentVersion, scores: Tensor | None, works: Sequence[Work], all_finite: bool
+) -> list[TaskOutput]:
+    """One version's outputs for its cohort's texts."""
+    if scores is None:
         return [TaskOutput(error="it failed while computing; the server's log says why")] * len(works)
+    cut = _token_output if resident.version.problem_type is ProblemType.TOKEN else _output
+    return [cut(row, len(work.plan.encoding), all_finite) for row, work in zip(scores.tolist(), works, strict=True)]
 
 
-def _token_outputs(logits: Tensor, works: Sequence[Work]) -> list[TaskOutput]:
-    """Logits [rows, tokens, labels] → each token's tag and its probability, padding left out."""
-    best = scores_of(ProblemType.TOKEN, logits).max(dim=-1)
-    finite = logits.isfinite().all(dim=-1)
-    outputs = []
-    for row, work in enumerate(works):
-        length = len(work.plan.encoding)
-        if not bool(finite[row, :length].all()):
-            outputs.append(TaskOutput(error="its scores are not finite"))
-            continue
-        scores, tags = best.values[row, :length].tolist(), best.indices[row, :length].tolist()
-        outputs.append(TaskOutput(tuple(scores), tuple(tags)))
-    return outputs
+def _output(scores: list[float], _: int, is_finite: bool) -> TaskOutput:
+    return TaskOutput(tuple(scores)) if is_finite or all(map(math.isfinite, scores)) else _NOT_FINITE
+
+
+def _token_output(found: list[list[float]], num_tokens: int, is_finite: bool) -> TaskOutput:
+    """Each token's tag and its probability, padding left out."""
+    scores, tags = zip(*found[:num_tokens], strict=True)
+    return TaskOutput(scores, tuple(map(int, tags))) if is_finite or all(map(math.isfinite, scores)) else _NOT_FINITE

@@ -110,6 +110,5 @@ def scores_of(problem_type: ProblemType, logits: Tensor) -> Tensor:
 
 
 def join_layers(pieces: Sequence[Tensor]) -> Tensor:
-    """Pooled pieces [rows, n, d], layer by layer → features [rows, all n · d]."""
-    flat = [piece.reshape(piece.shape[0], -1) for piece in pieces]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+    """Pooled pieces [..., n, d], layer by layer → features [..., all n · d]."""
+    return (pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=-2)).flatten(-2)
