@@ -65,7 +65,10 @@ LayerStep = tuple[Chunk, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Readers:
-    """Versions of one cohort that read one row in the same way: what they read stands in one tensor."""
+    """Versions of one cohort that read one row in the same way, in the order of their heads.
+
+    What they read stands in one tensor, and so do the scores of heads of one shape.
+    """
 
     cohort: int
     versions: tuple[int, ...]  # of the cohort
@@ -206,4 +209,5 @@ def _readers(number: int, cohort: Cohort, block: Block) -> Iterator[Readers]:
     for index in block.row.reads:
         alike.setdefault(cohort.residents[index].version.readout, []).append(index)
     for readout, versions in alike.items():
+        versions.sort(key=lambda index: cohort.residents[index].head.order)
         yield Readers(number, tuple(versions), tuple(cohort.residents[i] for i in versions), readout)

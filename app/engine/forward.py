@@ -1,12 +1,10 @@
-"""One batch through the backbone: embed, run each layer with its rows' prefixes, read, score.
+"""One batch through the backbone: embed, run each layer with its rows' prefixes, read.
 
 Knows tensors and the batch's layout; nothing of requests, queues or threads.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,30 +12,24 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from app.domain import ProblemType, ReadoutKind, TaskOutput
+from app.domain import ReadoutKind, TaskOutput
 from app.engine.attention import Segment
 from app.engine.backbone import Backbone
-from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers, Work
+from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers
 from app.engine.families import Context
-from app.engine.heads import join_layers, pool_tokens, scores_of
-from app.engine.prefix_bank import ResidentVersion
-
-log = logging.getLogger(__name__)
-
-_Pieces = dict[Readers, list[Tensor]]  # what each reads, layer by layer
-
-_NOT_FINITE = TaskOutput(error="its scores are not finite")
+from app.engine.heads import pool_tokens
+from app.engine.scoring import Pieces, outputs_of
 
 
 @torch.inference_mode()
 def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
     """The outputs of each work of `batch.works`, in the order of its plan's versions."""
-    return _outputs(batch, _run_layers(batch, backbone))
+    return outputs_of(batch, run_layers(batch, backbone))
 
 
-def _run_layers(batch: Batch, backbone: Backbone) -> _Pieces:
+def run_layers(batch: Batch, backbone: Backbone) -> Pieces:
     inputs = _Inputs.of(batch, backbone)
-    pieces: _Pieces = {}
+    pieces: Pieces = {}
     states: list[Tensor] = []  # of each chunk, [rows, tokens, d]
     for layer, step in enumerate(batch.steps):
         states = [inputs.embed(c) if layer == 0 else _gather(states, c) for c in step]
@@ -147,7 +139,7 @@ def _block_prefix(block: Block, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def _take_all(
-    batch: Batch, layer: int, step: LayerStep, states: Sequence[Tensor], inputs: _Inputs, pieces: _Pieces
+    batch: Batch, layer: int, step: LayerStep, states: Sequence[Tensor], inputs: _Inputs, pieces: Pieces
 ) -> None:
     where = {p.block: (number, slice(p.start, p.stop)) for number, chunk in enumerate(step) for p in chunk.placed}
     for read in batch.reads[layer]:
@@ -192,7 +184,9 @@ def _pool(
         found = [_for_each(readers, mean)]
         if readers.readout.num_queries:
             stop = start + len(readers.versions) * readers.readout.num_queries
-            found.append(attended[0][:, start:stop].unflatten(1, (len(readers.versions), -1)))
+            found.append(
+                attended[0][:, start:stop].view(len(mean), len(readers.versions), readers.readout.num_queries, -1)
+            )
             start = stop
         yield readers, found
 
@@ -200,71 +194,3 @@ def _pool(
 def _for_each(readers: Readers, found: Tensor) -> Tensor:
     """[rows, n, d] → [rows, versions, n, d], the same for every version."""
     return found.unsqueeze(1).expand(-1, len(readers.versions), -1, -1)
-
-
-# -- heads -------------------------------------------------------------------------------------------------------------
-
-
-def _outputs(batch: Batch, pieces: _Pieces) -> list[tuple[TaskOutput, ...]]:
-    """All scores leave the device in one transfer."""
-    scores: dict[tuple[int, int], Tensor] = {}  # (cohort, version) → [rows, labels]; [rows, tokens, 2] for tokens
-    for readers, found in pieces.items():
-        for version, here in _scores(readers, found):
-            scores[readers.cohort, version] = here
-    on_host, all_finite = _to_host(list(scores.values()))
-    columns = dict(zip(scores, on_host, strict=True))
-    outputs: list[tuple[TaskOutput, ...]] = []
-    for number, cohort in enumerate(batch.cohorts):
-        works = batch.works[cohort.plans]
-        of_versions = [
-            _column(resident, columns.get((number, index)), works, all_finite)
-            for index, resident in enumerate(cohort.residents)
-        ]
-        outputs.extend(zip(*of_versions, strict=True))
-    return outputs
-
-
-def _scores(readers: Readers, pieces: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """(version, its scores). A version that breaks is left out, and breaks alone."""
-    is_token = readers.readout.kind is ReadoutKind.TOKENS
-    features = torch.cat(tuple(pieces), dim=-1) if is_token else join_layers(pieces)
-    for position, (version, resident) in enumerate(zip(readers.versions, readers.residents, strict=True)):
-        try:
-            logits = resident.head.logits(features if is_token else features[:, position])
-            scores = scores_of(resident.version.problem_type, logits)
-            if is_token:
-                best = scores.max(dim=-1)
-                scores = torch.stack((best.values, best.indices.to(best.values.dtype)), dim=-1)
-        except Exception:  # a fault of one version's tensors must not reach the batch's other tasks
-            log.exception("version %s failed", resident.version.digest)
-        else:
-            yield version, scores
-
-
-def _to_host(scores: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """The tensors on the host, and whether all their numbers are finite."""
-    if not scores:
-        return [], True
-    flat = torch.cat([tensor.flatten() for tensor in scores]).cpu()
-    parts = flat.split([tensor.numel() for tensor in scores])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, scores, strict=True)], bool(flat.isfinite().all())
-
-
-def _column(
-    resident: ResidentVersion, scores: Tensor | None, works: Sequence[Work], all_finite: bool
-) -> list[TaskOutput]:
-    """One version's outputs for its cohort's texts."""
-    if scores is None:
-        return [TaskOutput(error="it failed while computing; the server's log says why")] * len(works)
-    cut = _token_output if resident.version.problem_type is ProblemType.TOKEN else _output
-    return [cut(row, len(work.plan.encoding), all_finite) for row, work in zip(scores.tolist(), works, strict=True)]
-
-
-def _output(scores: list[float], _: int, is_finite: bool) -> TaskOutput:
-    return TaskOutput(tuple(scores)) if is_finite or all(map(math.isfinite, scores)) else _NOT_FINITE
-
-
-def _token_output(found: list[list[float]], num_tokens: int, is_finite: bool) -> TaskOutput:
-    """Each token's tag and its probability, padding left out."""
-    scores, tags = zip(*found[:num_tokens], strict=True)
-    return TaskOutput(scores, tuple(map(int, tags))) if is_finite or all(map(math.isfinite, scores)) else _NOT_FINITE

@@ -6,8 +6,9 @@ projection folded into the query), beside the mean of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.domain import HeadKind, ProblemType, ReadoutKind, TaskVersion
+from app.engine.linear import Linear, LinearBank, apply_all
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -33,44 +35,76 @@ def head_tensor_names(kind: HeadKind) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Linear:
-    weight: Tensor  # [out, in]
-    bias: Tensor  # [out]
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return functional.linear(features, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class ResidentHead:
     """A version's readout queries and head, in float32 on the device."""
 
     queries: Tensor | None  # [layers read, num_queries, d]
-    dense: Linear | None  # [hidden, features]
-    out: Linear | None  # [labels, hidden or features]; None: the features are the answer (embeddings)
-    activation: Callable[[Tensor], Tensor]
+    dense: Linear | None  # features → hidden
+    activation: str
+    out: Linear | None  # features or hidden → labels; None: the features are the answer (embeddings)
+    problem_type: ProblemType
 
     @classmethod
     def from_tensors(
-        cls, version: TaskVersion, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+        cls, version: TaskVersion, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], bank: LinearBank
     ) -> ResidentHead:
-        def place(name: str) -> Tensor:
-            return tensors[name].to(device, torch.float32, copy=True).contiguous()
-
-        queries = place(QUERIES) if version.readout.kind is ReadoutKind.ATTENTION else None
+        queries = None
+        if version.readout.kind is ReadoutKind.ATTENTION:
+            queries = tensors[QUERIES].to(bank.device, torch.float32, copy=True).contiguous()
         if version.problem_type is ProblemType.EMBEDDING:
-            return cls(queries, None, None, torch.tanh)
-        kind = HeadKind(manifest["head"]["kind"])
-        placed = [place(name) for name in head_tensor_names(kind)]
-        layers = [Linear(placed[i], placed[i + 1]) for i in range(0, len(placed), 2)]
-        activation = ACTIVATIONS[manifest["head"].get("activation", "tanh")]
-        return cls(queries, layers[0] if len(layers) == 2 else None, layers[-1], activation)
+            return cls(queries, None, "", None, version.problem_type)
+        names = head_tensor_names(HeadKind(manifest["head"]["kind"]))
+        pairs = zip(names[::2], names[1::2], strict=True)
+        *dense, out = (bank.place(tensors[weight], tensors[bias]) for weight, bias in pairs)
+        activation = manifest["head"].get("activation", "tanh")
+        return cls(queries, dense[0] if dense else None, activation, out, version.problem_type)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Features [..., features] → logits [..., labels] (or the features, where there is no head)."""
-        if self.dense is not None:
-            features = self.activation(self.dense(features))
-        return features if self.out is None else self.out(features)
+    @property
+    def order(self) -> tuple[object, ...]:
+        """Heads sorted by it: equal shapes stand together, and neighbours in memory beside each other."""
+        places = [layer.place for layer in (self.dense, self.out) if layer is not None]
+        return *_hidden_stage(self), *_out_stage(self), *places
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Features [..., features] → scores [..., labels]."""
+        hidden = features if self.dense is None else ACTIVATIONS[self.activation](self.dense(features))
+        return scores_of(self.problem_type, hidden if self.out is None else self.out(hidden))
+
+
+def score_all(heads: Sequence[ResidentHead], features: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(how many heads, their scores [heads, rows, labels]), for heads sorted by `order`.
+
+    features [heads, rows, features]. Heads of one shape are computed together.
+    """
+    start = 0
+    for _, alike in groupby(heads, _hidden_stage):
+        group = list(alike)
+        hidden = _hidden(group, features[start : start + len(group)])
+        start += len(group)
+        yield from _score_group(group, hidden)
+
+
+def _score_group(heads: Sequence[ResidentHead], hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+    start = 0
+    for _, alike in groupby(heads, _out_stage):
+        group = list(alike)
+        here = hidden[start : start + len(group)]
+        layers = [head.out for head in group if head.out is not None]
+        yield len(group), scores_of(group[0].problem_type, apply_all(layers, here) if layers else here)
+        start += len(group)
+
+
+def _hidden(heads: Sequence[ResidentHead], features: Tensor) -> Tensor:
+    layers = [head.dense for head in heads if head.dense is not None]
+    return ACTIVATIONS[heads[0].activation](apply_all(layers, features)) if layers else features
+
+
+def _hidden_stage(head: ResidentHead) -> tuple[object, ...]:
+    return (0, 0, "") if head.dense is None else (*head.dense.shape, head.activation)
+
+
+def _out_stage(head: ResidentHead) -> tuple[object, ...]:
+    return (head.problem_type, *((0, 0) if head.out is None else head.out.shape))
 
 
 def pool_tokens(states: Tensor, queries: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from app.domain import Prefix, TaskVersion
 from app.engine.artifact import Artifact
 from app.engine.heads import ResidentHead
+from app.engine.linear import LinearBank
 from app.errors import NotFoundError
 
 
@@ -50,6 +51,7 @@ class PrefixBank:
         self._dtype = dtype
         self._versions: dict[str, ResidentVersion] = {}
         self._prefixes: weakref.WeakValueDictionary[str, ResidentPrefix] = weakref.WeakValueDictionary()
+        self._layers = LinearBank(device)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -65,7 +67,7 @@ class PrefixBank:
                 self._resident_prefix(prefix, vectors)
                 for prefix, vectors in zip(version.prefixes, artifact.prefix_vectors, strict=True)
             )
-            head = ResidentHead.from_tensors(version, artifact.manifest, artifact.tensors, self._device)
+            head = ResidentHead.from_tensors(version, artifact.manifest, artifact.tensors, self._layers)
             self._versions[version.digest] = ResidentVersion(version, prefixes, head)
 
     def unload(self, digest: str) -> None:

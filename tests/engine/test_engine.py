@@ -6,13 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import app.engine.engine as engine_module
 from app.domain import EngineRequest, TaskVersion
 from app.engine.engine import Engine
+from app.engine.linear import LinearBank
 from app.engine.plan import make_plan
 from app.errors import DeadlineError, EngineError, NotFoundError, UnavailableError
 from tests.engine.models import assert_close, make_artifact, random_encoding, run, tiny_backbone
@@ -63,11 +66,18 @@ def test_a_request_without_texts_ends_at_once(make_engine: MakeEngine) -> None:
     assert make_engine().submit(EngineRequest(())).result(timeout=5).outputs == ()
 
 
+def _break(engine: Engine, version: TaskVersion, weight: Tensor, bias: Tensor) -> None:
+    """Give a resident version another last layer than its artifact's."""
+    resident = engine.bank.get(version.digest)
+    head = replace(resident.head, out=LinearBank(torch.device("cpu")).place(weight, bias))
+    engine.bank._versions[version.digest] = replace(resident, head=head)
+
+
 def test_a_task_that_fails_fails_alone(make_engine: MakeEngine) -> None:
     engine = make_engine()
     good, broken, infinite = (_load(engine, name, seed) for seed, name in enumerate(("good", "broken", "infinite")))
-    engine.bank.get(broken.digest).head.out.weight.resize_(3, 5)
-    engine.bank.get(infinite.digest).head.out.bias.fill_(float("nan"))
+    _break(engine, broken, torch.zeros(3, 5), torch.zeros(3))
+    _break(engine, infinite, torch.zeros(3, 32), torch.full((3,), float("nan")))
     ((alone,),) = run(engine, (random_encoding(9, 0), [good]))
     ((ok, failed, not_finite),) = run(engine, (random_encoding(9, 0), [good, broken, infinite]))
     assert_close(ok.scores, alone.scores)

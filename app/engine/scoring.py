@@ -1,0 +1,116 @@
+"""From what the readers of a batch found to an output for each text and version.
+
+Knows readers, heads and outputs; nothing of layers, prefixes or masks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.domain import ReadoutKind, TaskOutput
+from app.engine.batch import Batch, Readers
+from app.engine.heads import join_layers, score_all
+
+log = logging.getLogger(__name__)
+
+Pieces = dict[Readers, list[Tensor]]  # what each reads, layer by layer
+
+_NOT_FINITE = TaskOutput(error="its scores are not finite")
+_BROKEN = TaskOutput(error="it failed while computing; the server's log says why")
+
+
+def outputs_of(batch: Batch, pieces: Pieces) -> list[tuple[TaskOutput, ...]]:
+    """The outputs of each work of `batch.works`, in the order of its plan's versions.
+
+    Heads of one shape are computed together, and all scores leave the device in one transfer.
+    """
+    scored = [part for readers, found in pieces.items() for part in _scored(readers, found)]
+    values, all_finite = _to_host([part.scores for part in scored])
+    columns: dict[tuple[int, int], list[TaskOutput]] = {}  # (cohort, version) → an output for each of its texts
+    for part, of_versions in zip(scored, values, strict=True):
+        lengths = [len(work.plan.encoding) for work in batch.works[batch.cohorts[part.cohort].plans]]
+        cut = _token_output if part.is_token else _output
+        for version, rows in zip(part.versions, of_versions, strict=True):
+            columns[part.cohort, version] = [cut(*row, all_finite) for row in zip(rows, lengths, strict=True)]
+    outputs: list[tuple[TaskOutput, ...]] = []
+    for number, cohort in enumerate(batch.cohorts):
+        broken = [_BROKEN] * len(batch.works[cohort.plans])
+        of_texts = zip(*(columns.get((number, i), broken) for i in range(len(cohort.residents))), strict=True)
+        outputs.extend(of_texts)
+    return outputs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    cohort: int
+    versions: tuple[int, ...]  # of the cohort
+    scores: Tensor  # [versions, rows, labels]; of tokens [1, rows, tokens, 2]: the best score and its tag
+    is_token: bool = False
+
+
+def _scored(readers: Readers, pieces: Sequence[Tensor]) -> list[_Scored]:
+    """The scores of all readers. A version that breaks is left out, and breaks alone."""
+    if readers.readout.kind is ReadoutKind.TOKENS:
+        features = torch.cat(tuple(pieces), dim=-1)
+        return _one_by_one(readers, lambda position: _score_tokens(readers, position, features))
+    features = join_layers(pieces).transpose(0, 1)
+    try:
+        return _together(readers, features)
+    except Exception:  # one of them: the others must not fail with it
+        return _one_by_one(readers, lambda position: _score(readers, position, features))
+
+
+def _together(readers: Readers, features: Tensor) -> list[_Scored]:
+    found, start = [], 0
+    for size, scores in score_all([resident.head for resident in readers.residents], features):
+        found.append(_Scored(readers.cohort, readers.versions[start : start + size], scores))
+        start += size
+    return found
+
+
+def _one_by_one(readers: Readers, score: Callable[[int], _Scored]) -> list[_Scored]:
+    found = []
+    for position, resident in enumerate(readers.residents):
+        try:
+            found.append(score(position))
+        except Exception:  # a fault of one version's tensors must not reach the batch's other tasks
+            log.exception("version %s failed", resident.version.digest)
+    return found
+
+
+def _score(readers: Readers, position: int, features: Tensor) -> _Scored:
+    scores = readers.residents[position].head.scores(features[position])
+    return _Scored(readers.cohort, (readers.versions[position],), scores.unsqueeze(0))
+
+
+def _score_tokens(readers: Readers, position: int, features: Tensor) -> _Scored:
+    best = readers.residents[position].head.scores(features).max(dim=-1)
+    both = torch.stack((best.values, best.indices.to(best.values.dtype)), dim=-1)
+    return _Scored(readers.cohort, (readers.versions[position],), both.unsqueeze(0), is_token=True)
+
+
+def _to_host(scores: Sequence[Tensor]) -> tuple[list[Any], bool]:
+    """The tensors as nested lists, and whether all their numbers are finite."""
+    if not scores:
+        return [], True
+    flat = torch.cat([tensor.flatten() for tensor in scores]).cpu()
+    parts = torch.split(flat, [tensor.numel() for tensor in scores])
+    nested = [part.view(tensor.shape).tolist() for part, tensor in zip(parts, scores, strict=True)]
+    return nested, bool(flat.isfinite().all())
+
+
+def _output(scores: list[float], _: int, all_finite: bool) -> TaskOutput:
+    return TaskOutput(tuple(scores)) if all_finite or all(map(math.isfinite, scores)) else _NOT_FINITE
+
+
+def _token_output(found: list[list[float]], num_tokens: int, all_finite: bool) -> TaskOutput:
+    """Each token's tag and its probability, padding left out."""
+    scores, tags = zip(*found[:num_tokens], strict=True)
+    return TaskOutput(scores, tuple(map(int, tags))) if all_finite or all(map(math.isfinite, scores)) else _NOT_FINITE
