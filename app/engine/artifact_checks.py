@@ -18,7 +18,7 @@ from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names
 
 FORMAT_VERSION = 1
 PROMPT = "prompt_embeddings"
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
 def find_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec) -> list[str]:
@@ -50,7 +50,7 @@ def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[st
     if manifest.get("format_version") != FORMAT_VERSION:
         faults.append(f"format_version is {manifest.get('format_version')}, this server reads {FORMAT_VERSION}")
     task = manifest.get("task")
-    if not isinstance(task, str) or not _NAME.fullmatch(task):
+    if not isinstance(task, str) or not NAME.fullmatch(task):
         faults.append("task must be a name of a-z, 0-9, _, . and -, 64 characters at most")
     _check_choice(manifest.get("problem_type"), ProblemType, "problem_type", faults)
     _check_choice(manifest.get("input", "text"), InputKind, "input", faults)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -58,6 +58,25 @@ def _attend(
         key, value = torch.cat((segment.key, key), dim=2), torch.cat((segment.value, value), dim=2)
     states = scaled_dot_product_attention(query, key, value, attn_mask=segment.mask, dropout_p=dropout, scale=scaling)
     return states.transpose(1, 2)
+
+
+def additive_mask(
+    text: Tensor | None, num_tokens: int, window: int | None, num_virtual_tokens: int, like: Tensor
+) -> Tensor | None:
+    """0 where a token may look and -inf elsewhere, [rows, 1, 1 or tokens, virtual tokens + tokens]; None: everywhere.
+
+    text: bool [rows, tokens], True: a token of the text; None: nothing is padded. window: how far a token sees to each
+    side. like: its dtype and device are the mask's.
+    """
+    sees = None if text is None else text[:, None, None, :]
+    if window is not None and num_tokens > window + 1:
+        index = torch.arange(num_tokens, device=like.device)
+        near = ((index[:, None] - index[None, :]).abs() <= window)[None, None]
+        sees = near if sees is None else sees & near
+    if sees is None:
+        return None
+    mask = torch.zeros(sees.shape, dtype=like.dtype, device=like.device).masked_fill(~sees, float("-inf"))
+    return pad(mask, (num_virtual_tokens, 0))
 
 
 AttentionInterface.register(NAME, attend)

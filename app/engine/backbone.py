@@ -83,6 +83,11 @@ class Backbone:
         frozen = network.to(device=device, dtype=DTYPES[dtype]).eval().requires_grad_(False)
         return cls(frozen, spec, path)
 
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the backbone's dtype, on its device."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, offset_positions: Tensor) -> Tensor:
         """All [rows, tokens] → states [rows, tokens, d]. Positions count from 0, each row's offset added already."""
         return self.family.embed(input_ids, token_type_ids, offset_positions + self.family.first_position)
@@ -159,6 +164,11 @@ def _choose_device(device: str) -> str:
         raise SettingsError(f'device "{device}" is not one that torch knows: use auto, cpu or cuda') from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device is cuda and this machine has no CUDA device: use auto or cpu")
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise SettingsError(f'device "{device}" is not there: this machine has {count} CUDA devices')
+    if chosen.type not in ("cpu", "cuda"):
+        raise SettingsError(f'device "{device}" is not supported: use auto, cpu or cuda')
     return device
 
 
@@ -177,6 +187,8 @@ def _embedded_path() -> str:
 
 
 def _check_family(path: str) -> None:
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise BackboneError(f"there is no folder {path}: give a folder, a Hugging Face id, or {EMBEDDED}")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

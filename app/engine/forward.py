@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.domain import ReadoutKind, TaskOutput
-from app.engine.attention import Segment
+from app.engine.attention import Segment, additive_mask
 from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers
 from app.engine.families import Context
@@ -105,23 +105,10 @@ class _Inputs:
     def _mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
         layout = (num_virtual_tokens, window, *_layout(members))
         if layout not in self.masks:
-            self.masks[layout] = self._build_mask(num_virtual_tokens, members, window)
+            text = None if self.text_mask is None else torch.cat([self.text_mask[p.block.plans] for p in members])
+            width, like = self.input_ids.shape[1], self.backbone.like
+            self.masks[layout] = additive_mask(text, width, window, num_virtual_tokens, like)
         return self.masks[layout]
-
-    def _build_mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
-        """0 where a token may look and -inf elsewhere, [rows, 1, 1 or tokens, virtual tokens + tokens]."""
-        width, device = self.input_ids.shape[1], self.backbone.device
-        sees: Tensor | None = None
-        if self.text_mask is not None:
-            sees = torch.cat([self.text_mask[p.block.plans] for p in members])[:, None, None, :]
-        if window is not None and width > window + 1:
-            index = torch.arange(width, device=device)
-            near = (index[:, None] - index[None, :]).abs() <= window
-            sees = near[None, None] if sees is None else sees & near
-        if sees is None:
-            return None
-        text = torch.zeros(sees.shape, dtype=self.backbone.dtype, device=device).masked_fill(~sees, float("-inf"))
-        return torch.nn.functional.pad(text, (num_virtual_tokens, 0))
 
 
 def _layout(members: Sequence[Placed]) -> tuple[tuple[int, int], ...]:

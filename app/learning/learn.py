@@ -103,7 +103,8 @@ def learn(
     writer.check_out(out.absolute())
     backbone, exact = backbones
     tables = Tables.read(files, problem_type)
-    recipe = recipe.completed(tables.train.problem_type, backbone.spec)
+    kind = tables.train.problem_type
+    recipe = recipe.completed(kind, num_outputs(kind, tables.labels), backbone.spec)
     tokenizer = TextTokenizer(backbone.path)
     learned = _train(recipe, tables, backbone, tokenizer, watcher)
     with writer.new_folder(out) as folder:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from app.domain import BackboneSpec, ProblemType, Readout, ReadoutKind
+from app.engine.artifact_checks import NAME
 from app.errors import SettingsError
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_DEFAULT_HIDDEN = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """None: what suits the problem type and the backbone, filled in by `completed`."""
+    """None: what suits the problem and the backbone, filled in by `completed`."""
 
     task: str
     readout: ReadoutKind | None = None
     read_layers: tuple[int, ...] = ()
-    num_queries: int = 4
+    num_queries: int | None = None  # a layer
     hidden: int | None = None  # width of the hidden layer; 0: a linear head
     activation: str = "gelu"
     first_layer: int = 0
@@ -37,21 +34,27 @@ class Recipe:
     warmup: float = 0.06  # share of all steps
     seed: int = 0
 
-    def completed(self, problem_type: ProblemType, spec: BackboneSpec) -> Recipe:
+    def completed(self, problem_type: ProblemType, num_outputs: int, spec: BackboneSpec) -> Recipe:
         """With every choice made. Raises SettingsError where one cannot work."""
         is_token = problem_type is ProblemType.TOKEN
         kind = self.readout or (ReadoutKind.TOKENS if is_token else ReadoutKind.ATTENTION)
         many = kind in (ReadoutKind.ATTENTION, ReadoutKind.TOKENS)
         layers = self.read_layers or (_thirds(spec.num_layers) if many else (spec.num_layers,))
-        hidden = self.hidden if self.hidden is not None else (_DEFAULT_HIDDEN if many else 0)
-        recipe = replace(self, readout=kind, read_layers=layers, hidden=hidden)
+        num_queries, width = _readout_size(num_outputs)
+        recipe = replace(
+            self,
+            readout=kind,
+            read_layers=layers,
+            num_queries=num_queries if self.num_queries is None else self.num_queries,
+            hidden=(width if many else 0) if self.hidden is None else self.hidden,
+        )
         recipe._check(is_token, spec)
         return recipe
 
     @property
     def reads(self) -> Readout:
         """The readout of a completed recipe."""
-        assert self.readout is not None
+        assert self.readout is not None and self.num_queries is not None
         queries = self.num_queries if self.readout is ReadoutKind.ATTENTION else 0
         return Readout(self.readout, self.read_layers, queries)
 
@@ -67,6 +70,13 @@ class Recipe:
             raise SettingsError(faults[0])
 
 
+def _readout_size(num_outputs: int) -> tuple[int, int]:
+    """(queries a layer, width of the hidden layer): few labels need little, and small readouts are served faster."""
+    if num_outputs <= 8:
+        return 2, 32
+    return (4, 64) if num_outputs <= 100 else (4, 96)
+
+
 def _thirds(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(num_layers * part / 3)) for part in (1, 2, 3)}))
 
@@ -74,7 +84,7 @@ def _thirds(num_layers: int) -> tuple[int, ...]:
 def _faults(recipe: Recipe, is_token: bool, spec: BackboneSpec) -> list[str]:
     layers, top = recipe.read_layers, spec.num_layers
     checks = {
-        "--task must be a name of a-z, 0-9, _, . and -, 64 characters at most": not _NAME.fullmatch(recipe.task),
+        "--task must be a name of a-z, 0-9, _, . and -, 64 characters at most": not NAME.fullmatch(recipe.task),
         f"--read-layers must rise from 1 to {top} at most": sorted(set(layers)) != list(layers)
         or not 1 <= layers[0] <= layers[-1] <= top,
         "tags of tokens need --readout tokens, and nothing else reads tokens": is_token
@@ -99,7 +109,7 @@ def _number_faults(recipe: Recipe) -> list[str]:
     checks = {
         "--epochs": recipe.epochs >= 1,
         "--batch-size": recipe.batch_size >= 1,
-        "--num-queries": recipe.num_queries >= 1,
+        "--num-queries": recipe.num_queries is not None and recipe.num_queries >= 1,
         "--hidden": recipe.hidden is not None and recipe.hidden >= 0,
         "--learning-rate": recipe.learning_rate > 0,
         "--query-learning-rate": recipe.query_learning_rate > 0,

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from app.engine import attention
-from app.engine.attention import Segment, attend
+from app.engine.attention import Segment, additive_mask, attend
 from app.engine.backbone import Backbone
 
 _RECORDING = "manifold_recording"
@@ -70,16 +70,8 @@ def _segment(backbone: Backbone, layer: int, mask: Tensor, prefixes: Sequence[La
 
 
 def _visible(backbone: Backbone, layer: int, mask: Tensor, num_virtual_tokens: int) -> Tensor | None:
-    """0 where a token may look and -inf elsewhere, [rows, 1, 1 or tokens, virtual tokens + tokens]."""
-    window, width = backbone.window(layer), mask.shape[1]
-    sees = mask[:, None, None, :]
-    if window is not None and width > window + 1:
-        index = torch.arange(width, device=mask.device)
-        sees = sees & ((index[:, None] - index[None, :]).abs() <= window)
-    if bool(sees.all()):
-        return None
-    text = torch.zeros(sees.shape, dtype=backbone.dtype, device=mask.device).masked_fill(~sees, float("-inf"))
-    return nn.functional.pad(text, (num_virtual_tokens, 0))
+    text = None if bool(mask.all()) else mask
+    return additive_mask(text, mask.shape[1], backbone.window(layer), num_virtual_tokens, backbone.like)
 
 
 # -- keys and values of real text --------------------------------------------------------------------------------------

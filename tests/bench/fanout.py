@@ -44,14 +44,16 @@ class Cell:
     ratio: float
 
 
+_READOUT: dict[str, object] = {"readout": "attention", "layers": [2, 4, 6]}
 KINDS: dict[str, dict[str, object]] = {
     "own prefix, first layer 0": {"prefixes": [(VIRTUAL_TOKENS, 0)], "position_offset": VIRTUAL_TOKENS},
     "own prefix, first layer 3": {"prefixes": [(VIRTUAL_TOKENS, 3)]},
     "own prefix, first layer 4": {"prefixes": [(VIRTUAL_TOKENS, 4)]},
     "own prefix, first layer 5": {"prefixes": [(VIRTUAL_TOKENS, 5)]},
     "one combination of 8 prefixes": {"prefixes": [(VIRTUAL_TOKENS, 3)] * 8, "shared": True},
-    "attention readouts, hidden 32": {"readout": "attention", "layers": [2, 4, 6], "num_queries": 4, "hidden": 32},
-    "attention readouts, hidden 64": {"readout": "attention", "layers": [2, 4, 6], "num_queries": 4, "hidden": 64},
+    # The sizes that `manifold learn` chooses for up to 8 and up to 100 labels.
+    "attention readouts, 2 queries, hidden 32": {**_READOUT, "num_queries": 2, "hidden": 32},
+    "attention readouts, 4 queries, hidden 64": {**_READOUT, "num_queries": 4, "hidden": 64},
 }
 
 
