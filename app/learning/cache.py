@@ -1,12 +1,16 @@
 """What is frozen, computed once: the states of every text after the layers that are read, and where a prefix begins.
 
 Texts lie end to end in flat tensors `[tokens of all texts, d]` in half precision; batches are gathered from them.
+Tensors too large for memory lie in unnamed files, which end with the process.
 Knows encodings and the backbone; nothing of labels or heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +18,10 @@ from torch import Tensor
 
 from app.domain import Encoding
 from app.engine.backbone import Backbone
+from app.errors import DataError
 from app.learning.rows import LayerPrefix, positions, run_layers
 
+MAX_BYTES = 4 * 10**9  # of one cache in memory
 _BATCH_TOKENS = 4096
 _STORED = torch.float16
 
@@ -67,6 +73,10 @@ class StateCache:
         """`texts`: indices [rows]."""
         return _gather(self.starts, self.lengths, texts)
 
+    def subset(self, texts: Tensor) -> StateCache:
+        """A view of these texts [texts] alone: the flat tensors, and what is indexed by token, stay as they are."""
+        return StateCache(self.starts[texts], self.lengths[texts], self.reads, self.fork)
+
 
 def states_at(flat: Tensor, batch: Gathered) -> Tensor:
     """[rows, tokens, d] in float32; what stands in padding is of some other text and masked."""
@@ -79,25 +89,51 @@ def build_cache(
     encodings: Sequence[Encoding],
     plan: CachePlan,
     advance: Callable[[int], None] | None = None,
+    max_bytes: int | None = None,
 ) -> StateCache:
-    """Run every text once. `advance` is told of texts done."""
+    """Run every text once. `advance` is told of texts done.
+
+    States of more than `max_bytes` (None: MAX_BYTES) go to files. Raises DataError where the disk lacks room for them.
+    """
     lengths = torch.tensor([len(encoding) for encoding in encodings])
     starts = lengths.cumsum(0) - lengths
     total, width = int(lengths.sum()), backbone.spec.hidden_size
-    reads = {layer: torch.empty(total, width, dtype=_STORED) for layer in plan.cached_reads}
-    fork = None if plan.fork_layer is None else reads.get(plan.fork_layer)
-    if fork is None and plan.fork_layer is not None:
-        fork = torch.empty(total, width, dtype=_STORED)
+    kept = {*plan.cached_reads} | ({plan.fork_layer} if plan.fork_layer is not None else set())
+    flat = _flat_tensors(kept, total, width, MAX_BYTES if max_bytes is None else max_bytes)
     for texts in _batches(lengths):
         batch = _gather(starts, lengths, texts)
         for layer, states in _run(backbone, [encodings[i] for i in texts.tolist()], batch.mask, plan):
-            target = fork if layer == plan.fork_layer else reads.get(layer)
+            target = flat.get(layer)
             if target is not None:
                 seen = states if layer == plan.fork_layer else backbone.read_states(layer, states)
                 target[batch.index[batch.mask]] = seen[batch.mask.to(seen.device)].to("cpu", _STORED)
         if advance is not None:
             advance(len(texts))
-    return StateCache(starts, lengths, reads, fork)
+    fork = None if plan.fork_layer is None else flat[plan.fork_layer]
+    return StateCache(starts, lengths, {layer: flat[layer] for layer in plan.cached_reads}, fork)
+
+
+def _flat_tensors(layers: Collection[int], total: int, width: int, max_bytes: int) -> dict[int, Tensor]:
+    """Layer → [all tokens, d], not yet filled."""
+    size = total * width * _STORED.itemsize
+    needed = size * len(layers)
+    if needed <= max_bytes:
+        return {layer: torch.empty(total, width, dtype=_STORED) for layer in layers}
+    try:
+        return {layer: torch.frombuffer(_disk(size), dtype=_STORED).view(total, width) for layer in layers}
+    except OSError as error:
+        raise DataError(
+            f"the states of the texts need {needed:,} bytes of disk, and there is no room for them in "
+            f"{tempfile.tempdir or 'any temporary folder'} ({error.strerror}): set TMPDIR to a folder with more room, "
+            "or give fewer --read-layers"
+        ) from error
+
+
+def _disk(size: int) -> mmap.mmap:
+    """An unnamed file in memory's place. Its room is taken at once: a full disk would kill the process later on."""
+    with tempfile.TemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return mmap.mmap(file.fileno(), size)
 
 
 def _run(

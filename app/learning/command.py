@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
-from app.domain import ProblemType, ReadoutKind
-from app.engine.backbone import EMBEDDED, Backbone, keep_freed_memory, set_threads
-from app.errors import ManifoldError
-from app.learning.learn import Files, learn
+from app.domain import BackboneSpec, ProblemType, ReadoutKind
+from app.errors import SettingsError
+from app.learning import jobs
+from app.learning.compose import usable
+from app.learning.learn import Files, Options, learn
 from app.learning.recipe import Recipe
-from app.learning.trainer import Epoch
+from app.learning.search import Arrangement
+from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
 
 _DESCRIPTION = """Learn a task from labelled texts and write its artifact.
 
@@ -28,15 +30,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Recipe(task="")
     parser.description = _DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--task", required=True, metavar="NAME", help="the name that requests use")
-    parser.add_argument("--train", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--dev", required=True, type=Path, metavar="FILE", help="picks the epoch and the thresholds")
+    parser.add_argument("--task", metavar="NAME", help="the name that requests use")
+    parser.add_argument("--train", type=Path, metavar="FILE")
+    parser.add_argument("--dev", type=Path, metavar="FILE", help="picks epoch and thresholds; default a tenth of train")
     parser.add_argument("--test", type=Path, metavar="FILE", help="measured at the end")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the artifact's folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the artifact's folder")
     kinds = [kind.value for kind in ProblemType if kind is not ProblemType.EMBEDDING]
     parser.add_argument("--problem-type", choices=kinds, help="where the columns do not say it")
+    _add_search_arguments(parser)
     _add_model_arguments(parser)
     _add_training_arguments(parser, default)
+    add_machine_arguments(parser)
+    jobs.add_arguments(parser)
+
+
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "what is tried", "Unless a readout, a prefix or prefixes are given, the cheapest arrangement is searched for."
+    )
+    group.add_argument("--auto", action=argparse.BooleanOptionalAction, help="default: on where nothing is given")
+    names = ",".join(_ARRANGEMENTS)
+    group.add_argument(
+        "--candidates",
+        type=_arrangements,
+        default=_ARRANGEMENTS,
+        metavar="NAME,NAME",
+        help=(f"of trunk, late, full, combination; default {names}"),
+    )
+    group.add_argument("--compose", choices=["auto"], help="choose among the pool's prefixes and their combinations")
+    group.add_argument(
+        "--pool", type=_folders, metavar="DIR,DIR", help="artifacts to combine; default the shipped ones"
+    )
+    group.add_argument(
+        "--tolerance", type=float, default=0.5, metavar="X", help="points of dev score that less cost may lose; 0.5"
+    )
+    group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--full-finetune", action="store_true", help="also fine-tune the whole backbone, as the ceiling")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,27 +76,33 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-queries", type=int, metavar="N", help="for each layer read: 2 for up to 8 labels, else 4")
     group.add_argument("--hidden", type=int, metavar="N", help=_HIDDEN)
     group.add_argument(
-        "--num-virtual-tokens", type=int, default=0, metavar="N", help="of a prefix of the task's own; default none"
+        "--num-virtual-tokens", type=int, metavar="N", help="of a prefix of the task's own; default none"
     )
-    group.add_argument("--first-layer", type=int, default=0, metavar="N", help="where that prefix begins; default 0")
-    group.add_argument("--prefixes", type=_folders, default=(), metavar="DIR,DIR", help="combine these, frozen")
-    group.add_argument("--model", default=EMBEDDED, help="a folder, a Hugging Face id, or embedded (default)")
+    group.add_argument("--first-layer", type=int, metavar="N", help="where that prefix begins; default 0")
+    group.add_argument("--prefixes", type=_folders, metavar="DIR,DIR", help="combine these, frozen")
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser, default: Recipe) -> None:
     group = parser.add_argument_group("how it is trained")
-    for name in ("epochs", "batch_size", "seed"):
+    for name in ("epochs", "patience", "batch_size", "seed"):
         group.add_argument(_flag(name), type=int, default=getattr(default, name), metavar="N", help=_DEFAULT)
-    for name in ("learning_rate", "query_learning_rate", "prefix_learning_rate", "weight_decay", "dropout"):
+    for name in _RATES:
         group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=_DEFAULT)
-    group.add_argument("--device", default="auto", help="cpu, cuda, or auto (default): cuda where there is one")
-    group.add_argument(
-        "--dtype", default="auto", help="of the frozen layers while training, default auto; figures are float32's"
-    )
-    group.add_argument("--threads", type=int, metavar="N", help="of one operator on a CPU; default torch's own choice")
 
 
+_SHIPPED_PREFIXES = Path(__file__).resolve().parents[2] / "prefixes"
 _DEFAULT = "default %(default)s"
+_RATES = (
+    "learning_rate",
+    "query_learning_rate",
+    "prefix_learning_rate",
+    "weight_decay",
+    "dropout",
+    "class_weight_power",
+)
+_ARRANGEMENTS = (Arrangement.TRUNK, Arrangement.LATE, Arrangement.COMBINATION)
+_REQUIRED = ("task", "train", "out")
+_CHOICES = ("readout", "read_layers", "num_virtual_tokens", "first_layer", "prefixes")  # any of them ends the search
 _HIDDEN = "width of the head's hidden layer, 0: a linear head; default by labels: 32 up to 8, 64 up to 100, else 96"
 
 
@@ -86,101 +121,118 @@ def _folders(text: str) -> tuple[Path, ...]:
     return tuple(Path(part) for part in text.split(",") if part)
 
 
+def _arrangements(text: str) -> tuple[Arrangement, ...]:
+    try:
+        return tuple(Arrangement(part) for part in text.split(","))
+    except ValueError as error:
+        known = ", ".join(Arrangement)
+        raise argparse.ArgumentTypeError(f'"{text}" is not a list of {known}') from error
+
+
 def run(args: argparse.Namespace) -> int:
     """0; 1 with one sentence on stderr; 130 where it was interrupted."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    try:
-        keep_freed_memory()
-        set_threads(args.threads)
-        files = Files(args.train, args.dev, args.test)
-        problem_type = None if args.problem_type is None else ProblemType(args.problem_type)
-        with _Screen(Console()) as screen:
-            manifest = learn(_recipe(args), files, args.out, _backbones(args), screen, problem_type)
-    except ManifoldError as error:
-        errors.print(f"manifold learn: {error}", markup=False)
-        return 1
-    except KeyboardInterrupt:
-        errors.print("manifold learn: interrupted, nothing was written")
-        return 130
+    return guarded("learn", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.config is not None:
+        _check_alone(args)
+        return jobs.run(args.config, args.jobs, _parser(), Console())
+    _check_required(args)
+    both = backbones(args)
+    options = _options(args, both[0].spec)
+    with Screen(Console()) as screen:
+        manifest = learn(recipe_of(args), Files(args.train, args.dev, args.test), args.out, both, screen, options)
     _show(manifest, args.out)
-    return 0
+    if not manifest["training"]["interrupted"]:
+        return 0
+    Console(stderr=True).print("manifold learn: interrupted, the best so far was written", soft_wrap=True)
+    return 130
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _check_alone(args: argparse.Namespace) -> None:
+    plain = vars(_parser().parse_args([]))
+    given = [_flag(name) for name, value in vars(args).items() if name in plain and value != plain[name]]
+    others = sorted(set(given) - {"--config", "--jobs"})
+    if others:
+        raise SettingsError(f"{', '.join(others)} beside --config: put options into the file, under [defaults]")
+
+
+def _typed() -> list[str]:
+    """The command's options as they were typed, under `manifold learn` or as a module."""
+    return sys.argv[2:] if sys.argv[1:2] == ["learn"] else sys.argv[1:]
+
+
+def _check_required(args: argparse.Namespace) -> None:
+    missing = [_flag(name) for name in _REQUIRED if getattr(args, name) is None]
+    if missing:
+        raise SettingsError(f"{', '.join(missing)} must be given, or --config with a file of tasks")
+
+
+def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
+    given = any(getattr(args, name) is not None for name in _CHOICES)
+    if given and (args.auto or args.compose):
+        raise SettingsError("--auto and --compose choose what --readout, --prefixes and the like give: leave one out")
+    is_search = args.auto is not False and not given and not args.compose
+    needs_pool = args.compose or (is_search and Arrangement.COMBINATION in args.candidates)
+    pool = args.pool if args.pool is not None else tuple(usable(_SHIPPED_PREFIXES, spec)) if needs_pool else ()
+    return Options(
+        problem_type=None if args.problem_type is None else ProblemType(args.problem_type),
+        arrangements=args.candidates if is_search else (),
+        pool=pool,
+        compose=args.compose is not None,
+        tolerance=args.tolerance / 100,
+        baselines=args.baselines,
+        full_finetune=args.full_finetune,
+        command=shlex.join(["manifold", "learn", *_typed()]),
+    )
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    given = {name: getattr(args, name) for name in _RATES}
     return Recipe(
         task=args.task,
         readout=None if args.readout is None else ReadoutKind(args.readout),
         read_layers=args.read_layers or (),
         num_queries=args.num_queries,
         hidden=args.hidden,
-        first_layer=args.first_layer,
-        num_virtual_tokens=args.num_virtual_tokens,
-        prefixes=args.prefixes,
+        first_layer=args.first_layer or 0,
+        num_virtual_tokens=args.num_virtual_tokens or 0,
+        prefixes=args.prefixes or (),
         epochs=args.epochs,
+        patience=args.patience,
         batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        query_learning_rate=args.query_learning_rate,
-        prefix_learning_rate=args.prefix_learning_rate,
-        weight_decay=args.weight_decay,
-        dropout=args.dropout,
         seed=args.seed,
+        **given,
     )
-
-
-def _backbones(args: argparse.Namespace) -> tuple[Backbone, Backbone]:
-    """One to train on, one in float32 to measure with; the same where they do not differ."""
-    backbone = Backbone.load(args.model, args.device, args.dtype)
-    if backbone.spec.dtype == "float32":
-        return backbone, backbone
-    return backbone, Backbone.load(args.model, args.device, "float32")
-
-
-class _Screen:
-    """Bars for the stages, a line for each epoch."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task: Any = None
-
-    def __enter__(self) -> _Screen:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def stage(self, name: str, total: int) -> None:
-        if not self._console.is_terminal:
-            self._console.print(f"{name}: {total}")
-        self._task = self._progress.add_task(name, total=total)
-
-    def advance(self, steps: int) -> None:
-        self._progress.advance(self._task, steps)
-
-    def epoch(self, epoch: Epoch, measure: str) -> None:
-        mark = "  best so far" if epoch.is_best else ""
-        self._console.print(f"epoch {epoch.number:3}  loss {epoch.loss:.4f}  dev {measure} {epoch.dev:.4f}{mark}")
-        self.advance(1)
 
 
 def _show(manifest: dict[str, Any], out: Path) -> None:
     console = Console()
     measured = {name: figures for name, figures in manifest["evaluation"].items() if isinstance(figures, dict)}
-    names = list(measured["dev"])
+    names = list(dict.fromkeys(name for figures in measured.values() for name in figures))
     grid = Grid("", *names)
     for split, figures in measured.items():
-        grid.add_row(split, *(f"{figures[n]:.4f}" if n != "rows" else str(figures[n]) for n in names))
+        grid.add_row(split, *(_shown(name, figures.get(name)) for name in names))
     console.print(grid)
     size_kb = sum(file.stat().st_size for file in out.iterdir()) / 1000
     console.print(f"{manifest['task']}: {out} ({size_kb:.0f} kB)", soft_wrap=True)
 
 
-def main() -> int:
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if name == "rows" else f"{value:.4f}"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="manifold learn")
     add_arguments(parser)
-    return run(parser.parse_args())
+    return parser
+
+
+def main() -> int:
+    return run(_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Labelled texts from files: TSV, CSV or JSON lines. Knows columns and lines; nothing of tokens, tensors or models.
 
 Columns: `text` or `text_a`,`text_b`, then `label` (one), `labels` (joined by `|`, empty for none) or `score`
-(a number). JSON lines may hold `tokens` and `tags` (BIO) instead.
+(a number). JSON lines may hold `tokens` and `tags` (BIO) instead. Rows that cannot be read are listed with the reason.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import hashlib
 import io
 import json
 import math
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ from app.errors import DataError
 
 OUTSIDE = "O"
 _MAX_FIELD_CHARS = 2**24
+_MAX_UNREADABLE = 0.2  # of a file's rows: beyond it the file itself is wrong
+_HEAD_ROWS = 100  # in which a row with the columns must stand
+_SHOWN_CHARS = 40
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _FORMATS = {".tsv": "tsv", ".csv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 # problem type → the columns its answers may stand in, the first that is there
 _ANSWER_COLUMNS = {
@@ -30,6 +37,7 @@ _ANSWER_COLUMNS = {
     ProblemType.SINGLE_LABEL: ("label",),
 }
 _Record = Mapping[str, Any]
+_Row = tuple[int, _Record | str]  # line, and the fields or the reason why there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,14 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that is left out."""
+
+    line: int
+    reason: str  # a sentence that begins with the line
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """One file's rows, all of one problem type and one input kind."""
 
@@ -52,6 +68,7 @@ class Table:
     problem_type: ProblemType
     input_kind: InputKind
     examples: tuple[Example, ...]
+    unreadable: tuple[Unreadable, ...] = ()
 
     @property
     def texts(self) -> list[TextInput]:
@@ -61,19 +78,15 @@ class Table:
 def read_table(path: Path, problem_type: ProblemType | None = None) -> Table:
     """Read a file of labelled texts. `problem_type` overrides what its columns say.
 
-    Raises DataError, naming file and line, for whatever cannot be used.
+    Raises DataError where the file cannot be used; single rows that cannot be read go to `unreadable`.
     """
-    content = _read_bytes(path)
-    text = _decode(path, content)
-    records = list(_records(path, text))
-    if not records:
-        raise DataError(f"{path.name} has no rows")
-    columns = tuple(records[0][1])
-    kind = problem_type or _problem_type(path, columns)
-    answer = _answer_column(path, columns, kind)
-    input_kind = _input_kind(path, columns, kind)
-    examples = tuple(_example(path, line, record, kind, answer, input_kind) for line, record in records)
-    return Table(path.name, hashlib.sha256(content).hexdigest(), kind, input_kind, examples)
+    if path.suffix.lower() not in _FORMATS:
+        raise DataError(f"{path.name} must end in one of {', '.join(_FORMATS)}")
+    try:
+        with path.open("rb") as file:
+            return _read(path, file, problem_type)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def label_names(train: Table) -> tuple[str, ...]:
@@ -113,61 +126,127 @@ def check_fits(table: Table, train: Table, labels: Sequence[str]) -> None:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _read_bytes(path: Path) -> bytes:
-    if path.suffix.lower() not in _FORMATS:
-        raise DataError(f"{path.name} must end in one of {', '.join(_FORMATS)}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+def _read(path: Path, file: io.BufferedReader, problem_type: ProblemType | None) -> Table:
+    """Line by line: a file may be larger than what should stand in memory twice."""
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    rows = _rows(path, _lines(path, file))
+    head = list(islice(rows, _HEAD_ROWS))
+    layout = _layout(path, head, problem_type)
+    examples: list[Example] = []
+    unreadable: list[Unreadable] = []
+    for line, record in chain(head, rows):
+        try:
+            examples.append(_example(line, record, layout))
+        except _UnreadableError as error:
+            unreadable.append(Unreadable(line, f"line {line}{error}"))
+    _check_share(path, unreadable, len(examples))
+    return Table(path.name, sha256, layout.problem_type, layout.input_kind, tuple(examples), tuple(unreadable))
 
 
-def _decode(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(f"{path.name}, line {line} is not UTF-8: save the file in UTF-8") from error
+def _check_share(path: Path, unreadable: Sequence[Unreadable], num_read: int) -> None:
+    total = num_read + len(unreadable)
+    if len(unreadable) > _MAX_UNREADABLE * total:
+        raise DataError(
+            f"{len(unreadable)} of the {total} rows of {path.name} cannot be read, which is too many to go on; "
+            f"correct the file: {unreadable[0].reason}"
+        )
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[int, _Record]]:
-    """(line, fields) of each row."""
-    kind = _FORMATS[path.suffix.lower()]
-    yield from _json_records(path, text) if kind == "json" else _table_records(path, text, kind == "tsv")
+def _lines(path: Path, file: io.BufferedReader) -> Iterator[str]:
+    """With their ends."""
+    for number, line in enumerate(file, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path.name}, line {number} is not UTF-8: save the file in UTF-8") from error
 
 
-def _json_records(path: Path, text: str) -> Iterator[tuple[int, _Record]]:
-    for line, row in enumerate(text.split("\n"), start=1):
-        if not row.strip():
+def _rows(path: Path, lines: Iterator[str]) -> Iterator[_Row]:
+    match _FORMATS[path.suffix.lower()]:
+        case "json":
+            return _json_rows(lines)
+        case "tsv":
+            return _table_rows(_tsv_fields(lines))
+        case _:
+            return _table_rows(_csv_fields(path, lines))
+
+
+def _json_rows(lines: Iterator[str]) -> Iterator[_Row]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
         try:
-            record = json.loads(row)
-        except ValueError as error:
-            raise DataError(f"{path.name}, line {line} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path.name}, line {line} is not a JSON object")
-        yield line, record
+            record = json.loads(line)
+            if _SURROGATE.search(line):
+                json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield number, " has half a surrogate pair, which is no character"
+        except (ValueError, RecursionError) as error:
+            yield number, f" is not JSON: {error}"
+        else:
+            yield number, record if isinstance(record, dict) else " is not a JSON object"
 
 
-def _table_records(path: Path, text: str, is_tsv: bool) -> Iterator[tuple[int, _Record]]:
+def _table_rows(rows: Iterator[tuple[int, list[str]]]) -> Iterator[_Row]:
+    _, header = next(rows, (0, []))
+    for line, fields in rows:
+        if len(fields) == len(header):
+            yield line, dict(zip(header, fields, strict=True))
+        else:
+            yield line, f" has {len(fields)} fields, and the header {len(header)}"
+
+
+def _tsv_fields(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
+    """There is no quoting."""
+    for number, line in enumerate(lines, start=1):
+        content = line.rstrip("\r\n")
+        if content:
+            yield number, content.split("\t")
+
+
+def _csv_fields(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
-    lines = text.split("\n") if is_tsv else list(io.StringIO(text, newline=""))  # splitlines also splits at U+2028
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(lines, strict=True)
+    # StringIO also ends lines at a bare carriage return; str.splitlines would at U+2028 too
+    reader = csv.reader(chain.from_iterable(io.StringIO(line, newline="") for line in lines), strict=True)
     try:
-        header = next(reader, None)
         for fields in reader:
-            if not fields:
-                continue
-            if header is None or len(fields) != len(header):
-                raise DataError(
-                    f"{path.name}, line {reader.line_num} has {len(fields)} fields, and the header {len(header or ())}"
-                )
-            yield reader.line_num, dict(zip(header, fields, strict=True))
+            if fields:
+                yield reader.line_num, fields
     except csv.Error as error:
         raise DataError(f"{path.name}, line {reader.line_num} cannot be read: {error}") from error
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What stands in which columns."""
+
+    problem_type: ProblemType
+    answer: str
+    input_kind: InputKind
+
+
+def _layout(path: Path, head: Sequence[_Row], problem_type: ProblemType | None) -> _Layout:
+    """Of the first row that has the columns: JSON lines may lack some."""
+    fault: DataError | None = None
+    for _, record in head:
+        if isinstance(record, str):
+            continue
+        columns = tuple(record)
+        try:
+            kind = problem_type or _problem_type(path, columns)
+            return _Layout(kind, _answer_column(path, columns, kind), _input_kind(path, columns, kind))
+        except DataError as error:
+            fault = fault or error
+    if fault is not None:
+        raise fault
+    if not head:
+        raise DataError(f"{path.name} has no rows")
+    line, reason = head[0]
+    raise DataError(f"none of the first {len(head)} rows of {path.name} can be read: line {line}{reason}")
 
 
 def _problem_type(path: Path, columns: Sequence[str]) -> ProblemType:
@@ -200,57 +279,68 @@ def _input_kind(path: Path, columns: Sequence[str], kind: ProblemType) -> InputK
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _example(path: Path, line: int, record: _Record, kind: ProblemType, answer: str, input_kind: InputKind) -> Example:
-    where = f"{path.name}, line {line}"
-    if record.get(answer) is None:
-        raise DataError(f"{where} has no {answer}")
-    value = record[answer]
+class _UnreadableError(Exception):
+    """What follows "line 3"."""
+
+
+def _example(line: int, record: _Record | str, layout: _Layout) -> Example:
+    if isinstance(record, str):
+        raise _UnreadableError(record)
+    kind = layout.problem_type
+    value = record.get(layout.answer)
+    if value is None:
+        raise _UnreadableError(f" has no {layout.answer}")
     if kind is ProblemType.TOKEN:
-        return _tagged(where, line, record.get("tokens"), value)
-    text = _text_input(where, record, input_kind)
+        return _tagged(line, record.get("tokens"), value)
+    text = _text_input(record, layout.input_kind)
     if kind is ProblemType.REGRESSION:
-        return Example(text, line, score=_number(where, value))
-    labels = _labels(value) if kind is ProblemType.MULTI_LABEL else (str(value).strip(),)
+        return Example(text, line, score=_number(value))
+    labels = _labels(value) if kind is ProblemType.MULTI_LABEL else (sys.intern(str(value).strip()),)
     if kind is ProblemType.SINGLE_LABEL and not labels[0]:
-        raise DataError(f"{where} has no label")
+        raise _UnreadableError(" has no label")
     return Example(text, line, labels)
 
 
-def _text_input(where: str, record: _Record, input_kind: InputKind) -> TextInput:
+def _text_input(record: _Record, input_kind: InputKind) -> TextInput:
     names = ("text",) if input_kind is InputKind.TEXT else ("text_a", "text_b")
     texts = [record.get(name) for name in names]
     for name, text in zip(names, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where} has an empty {name}")
+            raise _UnreadableError(f" has an empty {name}")
     return TextInput(*(str(text) for text in texts))
 
 
 def _labels(value: Any) -> tuple[str, ...]:
     parts = value if isinstance(value, list) else str(value or "").split("|")
-    return tuple(sorted({str(part).strip() for part in parts} - {""}))
+    return tuple(sorted({sys.intern(str(part).strip()) for part in parts} - {""}))
 
 
-def _number(where: str, value: Any) -> float:
+def _number(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f'{where}: "{value}" is not a number')
+        raise _UnreadableError(f': "{_shown(value)}" is not a number')
     return number
 
 
-def _tagged(where: str, line: int, words: Any, tags: Any) -> Example:
+def _tagged(line: int, words: Any, tags: Any) -> Example:
     if not _is_strings(words) or not _is_strings(tags):
-        raise DataError(f"{where}: tokens and tags must be lists of texts")
+        raise _UnreadableError(": tokens and tags must be lists of texts")
     if len(words) != len(tags):
-        raise DataError(f"{where} has {len(words)} tokens and {len(tags)} tags")
+        raise _UnreadableError(f" has {len(words)} tokens and {len(tags)} tags")
     if not words or not all(word.strip() for word in words):
-        raise DataError(f"{where} has an empty token")
+        raise _UnreadableError(" has an empty token")
     for tag in tags:
         if tag != OUTSIDE and not (tag[:2] in ("B-", "I-") and tag[2:]):
-            raise DataError(f'{where}: "{tag}" is not a BIO tag')
-    return Example(TextInput(" ".join(words)), line, tuple(tags), words=tuple(words))
+            raise _UnreadableError(f': "{_shown(tag)}" is not a BIO tag')
+    return Example(TextInput(" ".join(words)), line, tuple(map(sys.intern, tags)), words=tuple(map(sys.intern, words)))
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"
 
 
 def _is_strings(value: Any) -> bool:

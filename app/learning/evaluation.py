@@ -22,15 +22,8 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import EngineError
 from app.learning.alignment import tags_of_words, word_starts
 from app.learning.data import Example, Table
-from app.learning.figures import (
-    Bools,
-    Floats,
-    f1_by_threshold,
-    figures_of_classes,
-    figures_of_sets,
-    figures_of_tags,
-    figures_of_values,
-)
+from app.learning.figures import Floats, f1_by_threshold, figures_of
+from app.learning.figures import details as details_of
 
 _CHUNK = 256
 _NUM_BINS = 10
@@ -78,27 +71,49 @@ def score(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: T
 
 
 def figures(scored: Scored, labels: Sequence[str], thresholds: Sequence[float] = ()) -> dict[str, float]:
-    """The figures that fit the problem type; `rows` with them."""
-    table = scored.table
-    match table.problem_type:
-        case ProblemType.SINGLE_LABEL:
-            gold = [labels.index(example.labels[0]) for example in table.examples]
-            found = figures_of_classes(gold, scored.scores.argmax(axis=1).tolist(), len(labels))
-        case ProblemType.MULTI_LABEL:
-            found = figures_of_sets(_given(table, labels), scored.scores >= np.asarray(thresholds))
-        case ProblemType.REGRESSION:
-            found = figures_of_values([e.score for e in table.examples], scored.scores[:, 0].tolist())
-        case _:
-            found = figures_of_tags([list(e.labels) for e in table.examples], _found_tags(scored, labels))
+    """The figures that fit the problem type; `rows` with them. One that is undefined is left out."""
+    return figures_of_scores(scored.table, _answers(scored, labels), labels, thresholds)
+
+
+def figures_of_scores(
+    table: Table, scores: Any, labels: Sequence[str], thresholds: Sequence[float] = ()
+) -> dict[str, float]:
+    """The same of scores [texts, labels] that came from elsewhere; for tokens of a tag for each word instead."""
+    found = figures_of(table.problem_type, gold_of(table, labels), scores, thresholds)
     return {name: round(value, 5) for name, value in found.items()} | {"rows": len(table.examples)}
+
+
+def details(scored: Scored, labels: Sequence[str], thresholds: Sequence[float] = ()) -> dict[str, Any]:
+    """What a report draws, as JSON holds it: labels, confusion, reliability, or points of a regression."""
+    kind, gold = scored.table.problem_type, gold_of(scored.table, labels)
+    return details_of(kind, gold, _answers(scored, labels), labels, thresholds)
 
 
 def tuned_thresholds(scored: Scored, labels: Sequence[str]) -> list[float]:
     """For each label of a multi-label task the threshold with the best F1 on this table; none for other types."""
     if scored.table.problem_type is not ProblemType.MULTI_LABEL:
         return []
-    _, thresholds = f1_by_threshold(scored.scores, _given(scored.table, labels))
+    return thresholds_of_scores(scored.table, scored.scores, labels)
+
+
+def thresholds_of_scores(table: Table, scores: Floats, labels: Sequence[str]) -> list[float]:
+    """The same of a multi-label table's scores [texts, labels] that came from elsewhere."""
+    _, thresholds = f1_by_threshold(scores, gold_of(table, labels))
     return [round(float(t), 4) for t in thresholds]
+
+
+def gold_of(table: Table, labels: Sequence[str]) -> Any:
+    """The answers of a table, as `figures.figures_of` takes them."""
+    match table.problem_type:
+        case ProblemType.SINGLE_LABEL:
+            index = {label: i for i, label in enumerate(labels)}
+            return np.array([index[example.labels[0]] for example in table.examples])
+        case ProblemType.MULTI_LABEL:
+            return np.array([[label in example.labels for label in labels] for example in table.examples])
+        case ProblemType.REGRESSION:
+            return np.array([example.score for example in table.examples])
+        case _:
+            return [list(example.labels) for example in table.examples]
 
 
 def score_baseline(scored: Scored, labels: Sequence[str]) -> dict[str, Any]:
@@ -143,8 +158,8 @@ def _varied(examples: Sequence[Example]) -> list[Example]:
     return chosen
 
 
-def _given(table: Table, labels: Sequence[str]) -> Bools:
-    return np.array([[label in example.labels for label in labels] for example in table.examples])
+def _answers(scored: Scored, labels: Sequence[str]) -> Any:
+    return _found_tags(scored, labels) if scored.table.problem_type is ProblemType.TOKEN else scored.scores
 
 
 def _found_tags(scored: Scored, labels: Sequence[str]) -> list[list[str]]:

@@ -1,16 +1,15 @@
-"""One task from files to an artifact: read, cache, train, write, measure through the engine, move into place.
+"""One task from files to an artifact: read, choose, train, calibrate, write, measure by the engine, move into place.
 
 Knows the order of things; each step is another module's. Draws nothing: it reports to a `Watcher`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from app.domain import BackboneSpec, HeadKind, ProblemType
@@ -21,71 +20,56 @@ from app.engine.golden import check_golden
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError
-from app.learning import evaluation, writer
-from app.learning.cache import build_cache
-from app.learning.data import Table, check_fits, label_names, read_table
-from app.learning.model import TaskModel
-from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen
-from app.learning.problems import MEASURES, Scaling, num_outputs, targets_of
+from app.learning import evaluation, reporting, writer
+from app.learning.calibration import fit_temperature
+from app.learning.compose import compose
+from app.learning.evaluation import Scored
+from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
-from app.learning.trainer import Epoch, Split, train
+from app.learning.search import Arrangement, Candidate, Found, candidates, passes_of, refinements, search
+from app.learning.splits import findings, subsample
+from app.learning.study import Files, Fitted, Study, Tables, Watcher
+
+__all__ = ["Files", "Options", "Watcher", "learn"]
 
 _MAX_GOLDEN_DIFFERENCE = 1e-4
-
-
-class Watcher(Protocol):
-    """Told of progress."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins."""
-
-    def advance(self, steps: int) -> None: ...
-
-    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+_SEARCH_ROWS = 4000  # more are not needed to tell arrangements apart
+_SEARCH_DEV_ROWS = 2000
+_LEAST_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
-    train: Path
-    dev: Path
-    test: Path | None = None
+class Options:
+    """What is done beside fitting the recipe."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tables:
-    """The data of one task, found to fit together."""
-
-    train: Table
-    dev: Table
-    test: Table | None
-    labels: tuple[str, ...]
-
-    @classmethod
-    def read(cls, files: Files, problem_type: ProblemType | None) -> Tables:
-        train_table = read_table(files.train, problem_type)
-        labels = label_names(train_table)
-        dev = read_table(files.dev, problem_type)
-        test = None if files.test is None else read_table(files.test, problem_type)
-        for table in (dev, test):
-            if table is not None:
-                check_fits(table, train_table, labels)
-        return cls(train_table, dev, test, labels)
-
-    @property
-    def named(self) -> dict[str, Table]:
-        return {"train": self.train, "dev": self.dev} | ({} if self.test is None else {"test": self.test})
+    problem_type: ProblemType | None = None  # where the columns do not say it
+    arrangements: tuple[Arrangement, ...] = ()  # to choose from; none: the recipe as it is
+    pool: tuple[Path, ...] = ()  # artifacts whose prefixes may be combined
+    compose: bool = False  # choose among tuples of the pool's prefixes instead
+    tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
+    baselines: bool = False
+    full_finetune: bool = False
+    command: str = ""  # as it was typed, for the report
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
-    """A trained model with what is needed to write it."""
+    """A fitted task with what is needed to write it."""
 
-    recipe: Recipe
-    tables: Tables
+    study: Study
+    fitted: Fitted
     tensors: dict[str, Tensor]
     prefixes: list[dict[str, object]]
-    position_offset: int
-    best: Epoch
+    temperature: float
+    found: Found | None  # the search that chose it
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.fitted.recipe
+
+    @property
+    def tables(self) -> Tables:
+        return self.study.tables
 
 
 def learn(
@@ -94,48 +78,93 @@ def learn(
     out: Path,
     backbones: tuple[Backbone, Backbone],
     watcher: Watcher,
-    problem_type: ProblemType | None = None,
+    options: Options | None = None,
 ) -> dict[str, Any]:
     """Learn a task and write its artifact to `out`. `backbones`: one to train on, one in float32 to measure with.
 
     Returns the manifest. Raises a ManifoldError; whatever happens, `out` is never half written.
     """
+    options = options or Options()
     writer.check_out(out.absolute())
     backbone, exact = backbones
-    tables = Tables.read(files, problem_type)
-    kind = tables.train.problem_type
-    recipe = recipe.completed(kind, num_outputs(kind, tables.labels), backbone.spec)
-    tokenizer = TextTokenizer(backbone.path)
-    learned = _train(recipe, tables, backbone, tokenizer, watcher)
+    tables = Tables.read(files, options.problem_type, recipe.seed)
+    study = Study(tables, backbone, TextTokenizer(backbone.path), watcher)
+    noticed = findings(tables.named)
+    watcher.notice(noticed.sentences())
+    study.completed(recipe)  # what cannot work is told before anything is tried
+    recipe = with_enough_steps(recipe, len(tables.train.examples))
+    if options.arrangements or options.compose:
+        learned = _choose(recipe, study, options)
+    else:
+        study.prepare([completed := study.completed(recipe)])
+        watcher.stage("training", recipe.epochs)
+        learned = _finish(study, study.fit(completed))
+    baselines = reporting.baselines(study, options.full_finetune) if options.baselines else {}
     with writer.new_folder(out) as folder:
-        return _write(folder, learned, exact, tokenizer, watcher)
+        manifest, scored = _write(folder, learned, exact, watcher, baselines)
+        reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
+    return manifest
 
 
-def _train(recipe: Recipe, tables: Tables, backbone: Backbone, tokenizer: TextTokenizer, watcher: Watcher) -> Learned:
-    torch.manual_seed(recipe.seed)
-    frozen = read_frozen(recipe, backbone.spec)
-    plan = cache_plan(recipe, frozen)
-    scaling = Scaling.of(tables.train)
-    encodings = [encode(tokenizer, table, limit_tokens(backbone.spec, plan)) for table in (tables.train, tables.dev)]
-    watcher.stage("frozen layers", sum(map(len, encodings)))
-    caches = [build_cache(backbone, texts, plan, watcher.advance) for texts in encodings]
-    targets = [
-        targets_of(table, tables.labels, texts, scaling)
-        for table, texts in zip((tables.train, tables.dev), encodings, strict=True)
-    ]
-    kind = tables.train.problem_type
-    model = TaskModel(recipe, backbone, num_outputs(kind, tables.labels), initial_prefix(recipe, backbone, caches[0]))
-    model.to(backbone.device)
-    watcher.stage("training", recipe.epochs)
-    train_split, dev_split = (Split(cache, target) for cache, target in zip(caches, targets, strict=True))
-    best = train(
-        model, (train_split, dev_split), kind, tables.labels, lambda epoch: watcher.epoch(epoch, MEASURES[kind])
-    )
-    tensors = model.tensors()
+def _choose(recipe: Recipe, study: Study, options: Options) -> Learned:
+    """Search on at most _SEARCH_ROWS rows; what is chosen is then trained on all of them."""
+    tables, watcher = study.tables, study.watcher
+    part = study
+    if len(tables.train.examples) > _SEARCH_ROWS or len(tables.dev.examples) > _SEARCH_DEV_ROWS:
+        train = subsample(tables.train, _SEARCH_ROWS, recipe.seed)
+        dev = subsample(tables.dev, _SEARCH_DEV_ROWS, recipe.seed)
+        part = Study(replace(tables, train=train, dev=dev), study.backbone, study.tokenizer, watcher)
+    if options.compose:
+        watcher.stage("compositions", 0)
+        found = compose(part, recipe, options.pool, options.tolerance, watcher.candidate)
+    else:
+        tried = candidates(recipe, part, options.arrangements, options.pool)
+        watcher.stage("arrangements", len(tried))
+        found = search(part, tried, options.tolerance, watcher.candidate)
+    if not found.fitted.was_interrupted:
+        found = _refine(part, found, watcher)
+    if part is study or found.fitted.was_interrupted:
+        return _finish(part, found.fitted, found)
+    recipe = replace(found.candidate.recipe, epochs=recipe.epochs)
+    study.prepare([recipe])
+    watcher.stage("training on all rows", recipe.epochs)
+    return _finish(study, study.fit(recipe), found)
+
+
+def with_enough_steps(recipe: Recipe, rows: int) -> Recipe:
+    """Few rows are gone through more often."""
+    epochs = -(-_LEAST_STEPS // -(-rows // recipe.batch_size))
+    if epochs <= recipe.epochs:
+        return recipe
+    return replace(recipe, epochs=epochs, patience=recipe.patience * -(-epochs // recipe.epochs))
+
+
+def _refine(study: Study, found: Found, watcher: Watcher) -> Found:
+    """The chosen arrangement with other rates and sizes; the best on dev is kept."""
+    chosen = found.candidate
+    others = [Candidate(name, recipe, chosen.passes) for name, recipe in refinements(chosen)]
+    watcher.stage("settings", len(others))
+    tried = search(study, others, 0.0, watcher.candidate)
+    if tried.fitted.best.dev <= found.fitted.best.dev:
+        return found
+    return Found(tried.fitted, tried.candidate, (*(replace(p, chosen=False) for p in found.points), *tried.points))
+
+
+def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned:
+    """The model's tensors as they are stored: calibrated, in the data's own units, prefixes beside them."""
+    kind = study.tables.problem_type
+    tensors = fitted.model.tensors()
+    temperature = fit_temperature(kind, *study.logits(fitted, "dev"))
+    _scale_logits(tensors, fitted.recipe, 1 / temperature)
     if kind is ProblemType.REGRESSION:
-        _fold(tensors, recipe, scaling)
-    prefixes = _add_prefixes(tensors, model, frozen)
-    return Learned(recipe, tables, tensors, prefixes, plan.position_offset, best)
+        _fold(tensors, fitted.recipe, study.scaling)
+    prefixes = _add_prefixes(tensors, fitted)
+    return Learned(study, fitted, tensors, prefixes, temperature, found)
+
+
+def _scale_logits(tensors: dict[str, Tensor], recipe: Recipe, factor: float) -> None:
+    for name in _last_layer(recipe):
+        tensors[name] = tensors[name] * factor
 
 
 def _fold(tensors: dict[str, Tensor], recipe: Recipe, scaling: Scaling) -> None:
@@ -150,13 +179,13 @@ def _last_layer(recipe: Recipe) -> tuple[str, ...]:
     return head_tensor_names(HeadKind.HIDDEN if recipe.hidden else HeadKind.LINEAR)[-2:]
 
 
-def _add_prefixes(tensors: dict[str, Tensor], model: TaskModel, frozen: Frozen) -> list[dict[str, object]]:
+def _add_prefixes(tensors: dict[str, Tensor], fitted: Fitted) -> list[dict[str, object]]:
     """Add the prefix tensors as they are stored, and return the manifest's entries for them."""
-    vectors = [prefix.vectors for prefix in frozen.prefixes]
-    entries = list(frozen.entries)
-    if model.prefix is not None:
-        own = model.prefix.detach().cpu()
-        vectors, first_layer = [own], model.recipe.first_layer
+    vectors = [prefix.vectors for prefix in fitted.frozen.prefixes]
+    entries = list(fitted.frozen.entries)
+    if fitted.model.prefix is not None:
+        own = fitted.model.prefix.detach().cpu()
+        vectors, first_layer = [own], fitted.recipe.first_layer
         entries = [{"num_virtual_tokens": own.shape[3], "first_layer": first_layer}]
     completed: list[dict[str, object]] = []
     for index, (entry, vector) in enumerate(zip(entries, vectors, strict=True)):
@@ -172,13 +201,13 @@ def _add_prefixes(tensors: dict[str, Tensor], model: TaskModel, frozen: Frozen) 
 
 
 def _write(
-    folder: Path, learned: Learned, exact: Backbone, tokenizer: TextTokenizer, watcher: Watcher
-) -> dict[str, Any]:
+    folder: Path, learned: Learned, exact: Backbone, watcher: Watcher, baselines: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Scored]]:
     """Write the tensors, measure what is read back, and write the manifest last: without it nothing is loadable."""
-    tables = learned.tables
+    tables, tokenizer = learned.tables, learned.study.tokenizer
     manifest = _manifest(learned, exact.spec)
     # A regression's last layer holds the data's own units, which may be large and close together.
-    in_units = _last_layer(learned.recipe) if tables.train.problem_type is ProblemType.REGRESSION else ()
+    in_units = _last_layer(learned.recipe) if tables.problem_type is ProblemType.REGRESSION else ()
     writer.write_tensors(folder, learned.tensors, exact=in_units)
     artifact = build_artifact(manifest, writer.read_tensors(folder), exact.spec, "draft", folder.name)
     with evaluation.running(exact) as engine:
@@ -192,7 +221,8 @@ def _write(
         manifest |= {
             "thresholds": thresholds,
             "evaluation": {n: evaluation.figures(s, tables.labels, thresholds) for n, s in scored.items()}
-            | {"measure": MEASURES[tables.train.problem_type]},
+            | {"measure": MEASURES[tables.problem_type]},
+            "baselines": {name: baseline.figures for name, baseline in baselines.items()},
             "score_baseline": evaluation.score_baseline(scored["dev"], tables.labels),
             "golden": evaluation.golden_examples(engine, tokenizer, artifact, tables.dev),
         }
@@ -201,7 +231,22 @@ def _write(
         written = read_artifact(folder, exact.spec)
         engine.load(written)
         _check(check_golden(engine, tokenizer, written), written)
-    return manifest
+    return manifest, scored
+
+
+def _story(
+    folder: Path, learned: Learned, scored: Mapping[str, Scored], noticed: Sequence[str], options: Options
+) -> reporting.Story:
+    return reporting.Story(
+        tables=learned.tables,
+        fitted=learned.fitted,
+        found=learned.found,
+        scored=scored,
+        findings=noticed,
+        command=options.command,
+        tolerance=options.tolerance,
+        size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
+    )
 
 
 def _check(difference: float | None, artifact: Artifact) -> None:
@@ -212,13 +257,14 @@ def _check(difference: float | None, artifact: Artifact) -> None:
 def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
     recipe, tables = learned.recipe, learned.tables
     readout = recipe.reads
+    top = readout.layers[-1]
     head: Mapping[str, str] = (
         {"kind": HeadKind.HIDDEN, "activation": recipe.activation} if recipe.hidden else {"kind": HeadKind.LINEAR}
     )
     return {
         "format_version": FORMAT_VERSION,
         "task": recipe.task,
-        "problem_type": tables.train.problem_type,
+        "problem_type": tables.problem_type,
         "labels": list(tables.labels),
         "thresholds": [],
         "input": tables.train.input_kind,
@@ -226,7 +272,7 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
         | ({"num_queries": readout.num_queries} if readout.num_queries else {}),
         "head": head,
         "prefixes": learned.prefixes,
-        "position_offset": learned.position_offset,
+        "position_offset": learned.fitted.position_offset,
         "backbone": {
             "name": spec.name,
             "fingerprint": spec.fingerprint,
@@ -234,7 +280,13 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
             "hidden_size": spec.hidden_size,
             "num_attention_heads": spec.num_heads,
         },
-        "training": recipe.settings() | {"best_epoch": learned.best.number},
+        "cost": {"passes": round(passes_of(recipe, spec), 4), "passes_alone": round(top / spec.num_layers, 4)},
+        "training": recipe.settings()
+        | {
+            "best_epoch": learned.fitted.best.number,
+            "temperature": round(learned.temperature, 4),
+            "interrupted": learned.fitted.was_interrupted,
+        },
         "data": {
             name: {"file": table.name, "sha256": table.sha256, "rows": len(table.examples)}
             for name, table in tables.named.items()

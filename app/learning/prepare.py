@@ -39,7 +39,7 @@ def read_frozen(recipe: Recipe, spec: BackboneSpec) -> Frozen:
         if not artifact.prefix_vectors:
             raise SettingsError(f"{path} has no prefix: --prefixes takes artifacts that have one")
         for entry, vectors in zip(artifact.manifest["prefixes"], artifact.prefix_vectors, strict=True):
-            prefixes.append(LayerPrefix(entry["first_layer"], vectors.float()))
+            prefixes.append(LayerPrefix(entry["first_layer"], vectors.float(), entry["digest"]))
             entries.append({"task": artifact.manifest["task"]} | entry)
     return Frozen(tuple(prefixes), tuple(entries))
 

@@ -18,6 +18,7 @@ from app.learning.data import Example, Table
 from app.learning.figures import f1_by_threshold, figures_of_tags, macro_f1, pearson
 
 IGNORED = -100  # torch's own index for tokens without a tag
+_MAX_WEIGHT = 20.0  # of a label in a multi-label loss
 # what the dev score of an epoch is, and what figures are called after
 MEASURES = {
     ProblemType.SINGLE_LABEL: "accuracy",
@@ -72,14 +73,39 @@ def _tag_ids(example: Example, encoding: Encoding, index: dict[str, int]) -> Ten
     return ids
 
 
-def loss_of(problem_type: ProblemType, logits: Tensor, targets: Tensor) -> Tensor:
+def class_weights(problem_type: ProblemType, targets: Tensor, num_outputs: int, power: float) -> Tensor | None:
+    """Weights [labels] for `loss_of` that let rare labels count more: 0 leaves all alike, 1 makes labels equal.
+
+    Single-label: of an example by its label, 1 on average. Multi-label: of where a label is given against where it is
+    not. None where there is nothing to weigh.
+    """
+    if not power:
+        return None
+    match problem_type:
+        case ProblemType.SINGLE_LABEL:
+            counts = torch.bincount(targets, minlength=num_outputs).clamp(min=1)
+            weights = (len(targets) / counts) ** power
+            return weights / weights[targets].mean()
+        case ProblemType.MULTI_LABEL:
+            given = targets.sum(0)
+            ratio = (len(targets) - given) / given.clamp(min=1)
+            return (ratio**power).clamp(1 / _MAX_WEIGHT, _MAX_WEIGHT)
+        case _:
+            return None
+
+
+def loss_of(problem_type: ProblemType, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`weights`: from `class_weights`."""
     match problem_type:
         case ProblemType.MULTI_LABEL:
-            return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1).mean()
+            each = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+            return each.sum(-1).mean()
         case ProblemType.REGRESSION:
             return functional.mse_loss(logits.squeeze(-1), targets)
-        case _:
+        case _ if weights is None:
             return functional.cross_entropy(logits, targets)
+        case _:  # weighed by example: torch's own mean would undo the weights of a batch with one label
+            return (functional.cross_entropy(logits, targets, reduction="none") * weights[targets]).mean()
 
 
 def dev_figure(

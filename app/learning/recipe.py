@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,17 @@ class Recipe:
     weight_decay: float = 0.01
     dropout: float = 0.3
     warmup: float = 0.06  # share of all steps
+    patience: int = 5  # epochs without a better dev score before training ends; 0: never
+    class_weight_power: float = 0.0  # loss weights by label frequency to this power; 0: none
     seed: int = 0
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], **changes: Any) -> Recipe:
+        """The recipe that an artifact of ours states; what its prefixes were is not among it."""
+        known = {f.name for f in fields(cls)} - {"task", "prefixes"}
+        stated = {name: value for name, value in manifest.get("training", {}).items() if name in known}
+        stated |= {"readout": ReadoutKind(stated["readout"]), "read_layers": tuple(stated["read_layers"])}
+        return replace(cls(manifest["task"], **stated), **changes)
 
     def completed(self, problem_type: ProblemType, num_outputs: int, spec: BackboneSpec) -> Recipe:
         """With every choice made. Raises SettingsError where one cannot work."""
@@ -116,5 +127,7 @@ def _number_faults(recipe: Recipe) -> list[str]:
         "--prefix-learning-rate": recipe.prefix_learning_rate > 0,
         "--weight-decay": recipe.weight_decay >= 0,
         "--dropout": 0 <= recipe.dropout < 1,
+        "--patience": recipe.patience >= 0,
+        "--class-weight-power": 0 <= recipe.class_weight_power <= 1,
     }
     return [f"{name} is out of range" for name, good in checks.items() if not good]

@@ -28,6 +28,7 @@ class LayerPrefix:
 
     first_layer: int
     vectors: Tensor  # [layers, 2, heads, virtual tokens, head size]
+    digest: str = ""  # of one that does not change
 
     @property
     def num_virtual_tokens(self) -> int:

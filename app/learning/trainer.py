@@ -5,8 +5,9 @@ Knows models, caches and targets; nothing of files, texts or artifacts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from app.domain import ProblemType
 from app.learning.cache import Gathered, StateCache
 from app.learning.model import TaskModel
-from app.learning.problems import IGNORED, dev_figure, loss_of
+from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of
 from app.learning.recipe import Recipe
 
 _POOL = 64  # batches whose texts are sorted by length together: little padding, and still a new mix every epoch
@@ -37,6 +38,7 @@ class Epoch:
     loss: float
     dev: float
     is_best: bool
+    was_interrupted: bool = False  # the user ended the training behind it
 
 
 def train(
@@ -45,27 +47,41 @@ def train(
     problem_type: ProblemType,
     labels: tuple[str, ...],
     report: Callable[[Epoch], None],
-) -> Epoch:
-    """Train on the first split, choose the epoch on the second, leave the model with that epoch's parameters."""
+) -> list[Epoch]:
+    """Train on the first split, choose the epoch on the second, leave the model with that epoch's parameters.
+
+    Ends early when `patience` epochs in a row bring nothing, or when the user interrupts it behind the first epoch.
+    """
     train_split, dev_split = splits
     recipe = model.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = _optimizer(model, recipe)
     steps = recipe.epochs * -(-len(train_split.cache) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, recipe.warmup))
-    best: Epoch | None = None
+    weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
+    epochs: list[Epoch] = []
+    best = -math.inf
     kept: dict[str, Tensor] = {}
-    for number in range(1, recipe.epochs + 1):
-        loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator)
-        dev = _evaluate(model, dev_split, problem_type, labels)
-        epoch = Epoch(number, loss, dev, best is None or dev > best.dev)
-        if epoch.is_best:
-            best, kept = epoch, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        report(epoch)
-    assert best is not None
+    try:
+        while len(epochs) < recipe.epochs and not _is_stalled(epochs, recipe.patience):
+            loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator, weights)
+            logits, targets, counts = predict_logits(model, dev_split, problem_type)
+            dev = dev_figure(problem_type, logits, targets, labels, counts)
+            epochs.append(Epoch(len(epochs) + 1, loss, dev, dev > best))
+            if dev > best:
+                best, kept = dev, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            report(epochs[-1])
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        epochs = [replace(epoch, was_interrupted=True) for epoch in epochs]
     model.load_state_dict(kept)
     model.eval()
-    return best
+    return epochs
+
+
+def _is_stalled(epochs: Sequence[Epoch], patience: int) -> bool:
+    return patience > 0 and len(epochs) > patience and not any(epoch.is_best for epoch in epochs[-patience:])
 
 
 def _run_epoch(
@@ -75,16 +91,19 @@ def _run_epoch(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     generator: torch.Generator,
+    weights: Tensor | None,
 ) -> float:
     """The epoch's mean loss."""
     model.train()
     losses = []
-    for texts in _shuffled(split.cache.lengths, model.recipe.batch_size, generator):
+    for texts in shuffled(split.cache.lengths, model.recipe.batch_size, generator):
         batch = split.cache.gather(texts)
         chosen, targets = _select(split, batch, texts, problem_type)
         if targets.numel() == 0:
             continue
-        loss = loss_of(problem_type, model(split.cache, batch, chosen), targets.to(model.out.weight.device))
+        device = model.out.weight.device
+        logits = model(split.cache, batch, chosen)
+        loss = loss_of(problem_type, logits, targets.to(device), None if weights is None else weights.to(device))
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
@@ -95,16 +114,22 @@ def _run_epoch(
 
 
 @torch.inference_mode()
-def _evaluate(model: TaskModel, split: Split, problem_type: ProblemType, labels: tuple[str, ...]) -> float:
+def predict_logits(model: TaskModel, split: Split, problem_type: ProblemType) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits and targets of a split in its order; of tokens the tagged ones alone, text by text, with their counts."""
     model.eval()
-    logits, targets, counts = [], [], []
-    for texts in _in_order(split.cache.lengths, 4 * model.recipe.batch_size):
+    logits, targets, counts, order = [], [], [], []
+    is_token = problem_type is ProblemType.TOKEN
+    for texts in _in_order(split.cache.lengths, 4 * model.recipe.batch_size, by_length=not is_token):
         batch = split.cache.gather(texts)
         chosen, wanted = _select(split, batch, texts, problem_type)
         logits.append(model(split.cache, batch, chosen).cpu())
         targets.append(wanted)
         counts += [] if chosen is None else chosen.sum(dim=1).tolist()
-    return dev_figure(problem_type, torch.cat(logits), torch.cat(targets), labels, counts)
+        order.append(texts)
+    if counts:
+        return torch.cat(logits), torch.cat(targets), counts
+    back = torch.cat(order).argsort()
+    return torch.cat(logits)[back], torch.cat(targets)[back], []
 
 
 def _select(split: Split, batch: Gathered, texts: Tensor, problem_type: ProblemType) -> tuple[Tensor | None, Tensor]:
@@ -133,7 +158,8 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rising if step < rising else max(0.0, (steps - step) / max(1, steps - rising))
 
 
-def _shuffled(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def shuffled(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of texts in a new order, of similar lengths each."""
     order = torch.randperm(len(lengths), generator=generator)
     batches = [
         batch
@@ -144,5 +170,6 @@ def _shuffled(lengths: Tensor, batch_size: int, generator: torch.Generator) -> I
         yield batches[index]
 
 
-def _in_order(lengths: Tensor, batch_size: int) -> Iterator[Tensor]:
-    yield from torch.split(lengths.argsort(stable=True), batch_size)
+def _in_order(lengths: Tensor, batch_size: int, by_length: bool) -> Iterator[Tensor]:
+    order = lengths.argsort(stable=True) if by_length else torch.arange(len(lengths))
+    yield from torch.split(order, batch_size)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PrefixTuningConfig, TaskType
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -85,6 +84,8 @@ def write_peft_config(folder: Path, manifest: Mapping[str, Any], spec: BackboneS
     prefixes = manifest["prefixes"]
     if len(prefixes) != 1 or prefixes[0]["first_layer"] != 0:
         return
+    from peft import PrefixTuningConfig, TaskType  # takes seconds, and few artifacts need it
+
     is_token = manifest["problem_type"] == ProblemType.TOKEN
     config = PrefixTuningConfig(
         task_type=TaskType.TOKEN_CLS if is_token else TaskType.SEQ_CLS,

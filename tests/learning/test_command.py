@@ -47,7 +47,7 @@ def test_an_interrupt_writes_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("app.learning.learn.train", interrupted)
+    monkeypatch.setattr("app.learning.study.train", interrupted)
     assert run(*arguments) == 130
     assert "nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from app.domain import InputKind, ProblemType, TextInput
 from app.errors import DataError
-from app.learning.data import check_fits, label_names, read_table
+from app.learning.data import Unreadable, check_fits, label_names, read_table
 
 
 def table(folder: Path, content: str, name: str = "train.tsv", problem_type: ProblemType | None = None):
@@ -64,28 +65,90 @@ def test_bio_labels_have_both_sides_of_each_type(tmp_path: Path) -> None:
     [
         ("train.tsv", "txt\tlabel\na\tb\n", "no column text, nor text_a and text_b: it has txt, label"),
         ("train.tsv", "text\tclass\na\tb\n", "no column label, labels, score or tags: it has text, class"),
-        ("train.tsv", "text\tlabel\na\tx\n  \ty\n", "train.tsv, line 3 has an empty text"),
-        ("train.tsv", "text\tlabel\na\tx\nb\t\n", "train.tsv, line 3 has no label"),
-        ("train.tsv", "text\tlabel\na\tx\nb\n", "line 3 has 1 fields, and the header 2"),
         ("train.tsv", "text\tlabel\n", "train.tsv has no rows"),
         ("train.tsv", "", "train.tsv has no rows"),
-        ("train.tsv", "text\tscore\na\thigh\n", 'line 2: "high" is not a number'),
-        ("train.tsv", "text\tscore\na\tnan\n", 'line 2: "nan" is not a number'),
+        ("train.jsonl", "\n \n", "train.jsonl has no rows"),
         ("train.txt", "text\tlabel\na\tx\n", "must end in one of .tsv, .csv, .jsonl"),
         ("train.csv", 'text,label\n"a,x\n', "train.csv, line 2 cannot be read"),
-        ("train.jsonl", '{"text": "a", "label": "x"}\nb\n', "train.jsonl, line 2 is not JSON"),
-        ("train.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b"}\n', "line 2 has no label"),
-        ("train.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}', "line 1 has 1 tokens and 2 tags"),
-        ("train.jsonl", '{"tokens": ["a"], "tags": ["x"]}', 'line 1: "x" is not a BIO tag'),
-        ("train.jsonl", '{"tokens": ["a", " "], "tags": ["O", "O"]}', "line 1 has an empty token"),
-        ("train.jsonl", '{"tokens": "a", "tags": ["O"]}', "tokens and tags must be lists of texts"),
+        ("train.csv", 'text,label\na,x\n"b"c,x\nd,y\n', "train.csv, line 3 cannot be read"),
+        ("train.json", "[\n1\n]\n", "none of the first 3 rows of train.json can be read: line 1 is not JSON"),
+        ("train.jsonl", '{"txt": "a", "label": "x"}\n', "no column text, nor text_a and text_b: it has txt, label"),
     ],
 )
-def test_what_cannot_be_used_is_named_with_its_line(tmp_path: Path, name: str, content: str, sentence: str) -> None:
+def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, content: str, sentence: str) -> None:
     with pytest.raises(DataError) as raised:
         table(tmp_path, content, name)
     assert sentence in str(raised.value)
+
+
+_SINGLE = '{"text": "a", "label": "x"}'
+_TAGS = '{"tokens": ["a"], "tags": ["O"]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "good", "bad", "reason"),
+    [
+        ("train.tsv", "text\tlabel", "a\tx", "  \ty", "has an empty text"),
+        ("train.tsv", "text_a\ttext_b\tlabel", "a\tb\tx", "a\t \tx", "has an empty text_b"),
+        ("train.tsv", "text\tlabel", "a\tx", "b\t", "has no label"),
+        ("train.tsv", "text\tlabel", "a\tx", "b", "has 1 fields, and the header 2"),
+        ("train.csv", "text,label", "a,x", "b,x,", "has 3 fields, and the header 2"),
+        ("train.tsv", "text\tscore", "a\t1", "a\thigh", ': "high" is not a number'),
+        ("train.tsv", "text\tscore", "a\t1", "a\tnan", ': "nan" is not a number'),
+        ("train.tsv", "text\tscore", "a\t1", "a\t" + 50 * "b", f': "{40 * "b"}…" is not a number'),
+        ("train.jsonl", _SINGLE, _SINGLE, "b", "is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("train.jsonl", _SINGLE, _SINGLE, "[1]", "is not a JSON object"),
+        ("train.jsonl", _SINGLE, _SINGLE, '{"text": "b"}', "has no label"),
+        ("train.jsonl", _SINGLE, _SINGLE, '{"label": "x"}', "has an empty text"),
+        (
+            "train.jsonl",
+            _SINGLE,
+            _SINGLE,
+            '{"text": "\\ud83d", "label": "x"}',
+            "has half a surrogate pair, which is no c",
+        ),
+        ("train.jsonl", _TAGS, _TAGS, '{"tokens": ["a"], "tags": ["O", "O"]}', "has 1 tokens and 2 tags"),
+        ("train.jsonl", _TAGS, _TAGS, '{"tokens": ["a"], "tags": ["x"]}', ': "x" is not a BIO tag'),
+        ("train.jsonl", _TAGS, _TAGS, '{"tokens": ["a", " "], "tags": ["O", "O"]}', "has an empty token"),
+        ("train.jsonl", _TAGS, _TAGS, '{"tokens": [], "tags": []}', "has an empty token"),
+        ("train.jsonl", _TAGS, _TAGS, '{"tokens": "a", "tags": ["O"]}', ": tokens and tags must be lists of texts"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_listed_with_its_line(
+    tmp_path: Path, name: str, header: str, good: str, bad: str, reason: str
+) -> None:
+    read = table(tmp_path, "\n".join([header, good, bad, *[good] * 8]) + "\n", name)
+    (row,) = read.unreadable
+    assert row.line == 3
+    assert row.reason.startswith(f"line 3{reason}" if reason.startswith(":") else f"line 3 {reason}")
+    assert len(read.examples) == 9 + name.endswith("jsonl") and 3 not in {example.line for example in read.examples}
+
+
+def test_a_fifth_of_the_rows_may_be_unreadable_and_no_more(tmp_path: Path) -> None:
+    rows = ["text\tlabel", "\tx", "a\tx", "b\ty", "c\tx", "d\ty"]
+    assert table(tmp_path, "\n".join(rows)).unreadable == (Unreadable(2, "line 2 has an empty text"),)
+    with pytest.raises(DataError) as raised:
+        table(tmp_path, "\n".join([*rows, "e"]))
+    assert "2 of the 6 rows of train.tsv cannot be read" in str(raised.value)
+    assert str(raised.value).endswith("line 2 has an empty text")
+
+
+def test_the_first_rows_of_json_lines_may_lack_columns(tmp_path: Path) -> None:
+    rows = ["{", '{"text": "a"}', *[_SINGLE] * 8]
+    read = table(tmp_path, "\n".join(rows), "train.jsonl")
+    assert [row.line for row in read.unreadable] == [1, 2] and len(read.examples) == 8
+
+
+def test_lines_are_counted_and_ended_as_each_format_has_it(tmp_path: Path) -> None:
+    tsv = table(tmp_path, "text\tlabel\r\n\r\na\u2028b\tx\r\nc\ty")
+    assert [(e.line, e.text.text, e.labels) for e in tsv.examples] == [(3, "a\u2028b", ("x",)), (4, "c", ("y",))]
+    old_mac = table(tmp_path, "text,label\ra,x\rb,y\r", "train.csv")
+    assert [(e.line, e.text.text) for e in old_mac.examples] == [(2, "a"), (3, "b")]
+
+
+def test_the_digest_is_the_files(tmp_path: Path) -> None:
+    content = "\ufefftext\tlabel\r\na\tx\r\n"
+    assert table(tmp_path, content).sha256 == hashlib.sha256(content.encode()).hexdigest()
 
 
 def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:

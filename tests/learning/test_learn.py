@@ -21,7 +21,7 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, DataError, SettingsError
 from app.learning import evaluation
 from app.learning.data import read_table
-from app.learning.learn import Files, learn
+from app.learning.learn import Files, Options, learn
 from app.learning.recipe import Recipe
 from app.learning.trainer import Epoch
 from tests.learning import samples
@@ -33,6 +33,8 @@ class Silent:
     def __init__(self, interrupt_in: str | None = None) -> None:
         self._interrupt_in = interrupt_in
         self.stages: list[str] = []
+        self.candidates: list[tuple[str, float]] = []
+        self.noticed: list[str] = []
 
     def stage(self, name: str, total: int) -> None:
         self.stages.append(name)
@@ -42,6 +44,12 @@ class Silent:
     def advance(self, steps: int) -> None: ...
 
     def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None:
+        self.candidates.append((name, passes))
+
+    def notice(self, sentences: Sequence[str]) -> None:
+        self.noticed += sentences
 
 
 Rows = Callable[[random.Random, int], Sequence[Sequence[str]]]
@@ -142,9 +150,8 @@ def test_labels_as_numbers_can_be_a_regression(tmp_path: Path, backbone: Backbon
         samples.write_rows(tmp_path / f"{n}.tsv", ("text", "label"), samples.regression_rows(source, 40)) for n in "ab"
     ]
     out = tmp_path / "out"
-    manifest = learn(
-        recipe(epochs=1), Files(*rows), out, (backbone, backbone), Silent(), problem_type=ProblemType.REGRESSION
-    )
+    options = Options(problem_type=ProblemType.REGRESSION)
+    manifest = learn(recipe(epochs=1), Files(*rows), out, (backbone, backbone), Silent(), options)
     assert manifest["labels"] == [] and set(manifest["evaluation"]) == {"dev", "measure"}
 
 
@@ -221,7 +228,7 @@ def test_an_artifact_is_replaced_and_nothing_else_is(tmp_path: Path, backbone: B
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["frozen layers", "training", "measuring"])
+@pytest.mark.parametrize("stage", ["frozen layers, dev", "training", "measuring"])
 def test_an_interrupted_run_leaves_nothing_loadable(tmp_path: Path, backbone: Backbone, stage: str) -> None:
     files = files_of(tmp_path, samples.single_rows, count=40)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,165 @@
+"""The ceiling: a copy of the whole backbone fine-tuned for one task. Served by nothing here; it says what is given up.
+
+Knows encodings and targets; nothing of prefixes or artifacts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from app.domain import Encoding, ProblemType
+from app.learning.problems import IGNORED, dev_figure, loss_of
+from app.learning.trainer import shuffled
+
+_MAX_GRADIENT_NORM = 1.0
+_EVALUATION_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneSettings:
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    head_learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """Encodings of a table and its targets, as `problems.targets_of` makes them."""
+
+    encodings: Sequence[Encoding]
+    targets: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(encoding) for encoding in self.encodings])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Finetuned:
+    model: WholeModel
+    dev: float  # the measure of the best epoch
+    seconds: float
+    tokens: int  # that went through the backbone in training
+
+
+class WholeModel(nn.Module):
+    """An encoder and a linear head, over the mean of the last layer or over each token."""
+
+    def __init__(self, path: str, num_outputs: int, is_token: bool) -> None:
+        super().__init__()
+        self.network = AutoModel.from_pretrained(path, dtype=torch.float32)
+        self.has_types = "token_type_ids" in inspect.signature(self.network.forward).parameters
+        self.out = nn.Linear(self.network.config.hidden_size, num_outputs)
+        self.dropout = nn.Dropout(0.1)
+        self.is_token = is_token
+
+    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        """All [rows, tokens] → logits [rows, labels] or [rows, tokens, labels]."""
+        extra = {"token_type_ids": types} if self.has_types else {}
+        states = self.network(input_ids=ids, attention_mask=mask.long(), **extra).last_hidden_state
+        if not self.is_token:
+            weights = mask.to(states.dtype) / mask.sum(dim=1, keepdim=True)
+            states = torch.bmm(weights.unsqueeze(1), states).squeeze(1)
+        logits: Tensor = self.out(self.dropout(states))
+        return logits
+
+
+def finetune(
+    path: str,
+    texts: tuple[Texts, Texts],  # to train on, and to choose the epoch with
+    problem_type: ProblemType,
+    labels: Sequence[str],
+    settings: FinetuneSettings,
+    device: torch.device,
+    report: Callable[[int, float], None] = lambda *_: None,
+) -> Finetuned:
+    """Train all weights; the epoch best on dev is kept. `report` is told of (epoch, dev measure)."""
+    began = time.perf_counter()
+    train, dev = texts
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    is_token = problem_type is ProblemType.TOKEN
+    targets = _targets(train, is_token)
+    model = WholeModel(path, max(1, len(labels)), is_token).to(device)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model.network.parameters(), "lr": settings.learning_rate},
+            {"params": model.out.parameters(), "lr": settings.head_learning_rate},
+        ],
+        weight_decay=settings.weight_decay,
+    )
+    steps = settings.epochs * math.ceil(len(train.encodings) / settings.batch_size)
+    rising = max(1, int(steps * settings.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
+    )
+    best, kept, tokens = -math.inf, {}, 0
+    for epoch in range(1, settings.epochs + 1):
+        model.train()
+        for batch in shuffled(train.lengths, settings.batch_size, generator):
+            rows = batch.tolist()
+            loss = loss_of(problem_type, *_run(model, train, targets, rows, device))
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            tokens += sum(len(train.encodings[row]) for row in rows)
+        logits, gold, counts = whole_logits(model, dev, device)
+        figure = dev_figure(problem_type, logits, gold, labels, counts)
+        report(epoch, figure)
+        if figure > best:
+            best, kept = figure, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(kept)
+    model.eval()
+    return Finetuned(model, best, time.perf_counter() - began, tokens)
+
+
+@torch.inference_mode()
+def whole_logits(model: WholeModel, texts: Texts, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits and targets in the order of the texts; of tokens the tagged ones alone, with their count a text."""
+    model.eval()
+    gold = _targets(texts, model.is_token)
+    logits, targets, counts = [], [], []
+    for start in range(0, len(texts.encodings), _EVALUATION_ROWS):
+        rows = list(range(start, min(start + _EVALUATION_ROWS, len(texts.encodings))))
+        found, wanted = _run(model, texts, gold, rows, device)
+        logits.append(found.cpu())
+        targets.append(wanted.cpu())
+        counts += [int((gold[row] != IGNORED).sum()) for row in rows] if model.is_token else []
+    return torch.cat(logits), torch.cat(targets), counts
+
+
+def _targets(texts: Texts, is_token: bool) -> Sequence[Tensor]:
+    """A tensor a text."""
+    return torch.split(texts.targets, texts.lengths.tolist()) if is_token else texts.targets.unbind()
+
+
+def _run(
+    model: WholeModel, texts: Texts, targets: Sequence[Tensor], rows: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits and targets of some texts; of tokens, of those with a tag."""
+    encodings = [texts.encodings[row] for row in rows]
+    width = max(map(len, encodings))
+    ids = torch.tensor([e.input_ids + (0,) * (width - len(e)) for e in encodings], device=device)
+    types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings], device=device)
+    lengths = torch.tensor([len(e) for e in encodings], device=device)
+    mask = torch.arange(width, device=device) < lengths.unsqueeze(1)
+    logits = model(ids, types, mask)
+    wanted = [targets[row] for row in rows]
+    if not model.is_token:
+        return logits, torch.stack(wanted).to(device)
+    tags = torch.nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=IGNORED).to(device)
+    return logits[tags != IGNORED], tags[tags != IGNORED]

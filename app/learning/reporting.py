@@ -1,0 +1,206 @@
+"""What is put beside an artifact for people: baselines on the same data, and the report.
+
+Knows what was learned and measured; draws nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from app.domain import ProblemType, ReadoutKind
+from app.engine.heads import scores_of
+from app.learning import evaluation
+from app.learning.baselines import Baseline, text_baselines
+from app.learning.data import Example
+from app.learning.evaluation import Scored
+from app.learning.figures import Floats
+from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logits
+from app.learning.recipe import Recipe
+from app.learning.report import render
+from app.learning.search import Found
+from app.learning.study import Fitted, Study, Tables
+
+REPORT = "report.html"
+LINEAR = "linear head on the bare trunk"
+FULL = "full fine-tuning"
+_MAX_MISTAKES = 15
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Story:
+    """What the report tells beside the manifest."""
+
+    tables: Tables
+    fitted: Fitted
+    found: Found | None
+    scored: Mapping[str, Scored]  # by table: dev, and test where there is one
+    findings: Sequence[str]
+    command: str
+    tolerance: float
+    size_bytes: int
+
+
+def baselines(study: Study, full_finetune: bool) -> dict[str, Baseline]:
+    """What a user has without a prefix or a readout: figures on dev and test, by name."""
+    tables = study.tables
+    study.watcher.stage("baselines", 0)
+    found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
+    found[LINEAR] = _linear(study)
+    if full_finetune:
+        found[FULL] = _full(study)
+    return found
+
+
+def write(folder: Path, manifest: Mapping[str, Any], story: Story) -> None:
+    text = render(_report(manifest, story))
+    (folder / REPORT).write_text(text, encoding="utf-8", errors="replace")
+
+
+def _linear(study: Study) -> Baseline:
+    """The better on dev of two learning rates."""
+    is_token = study.tables.problem_type is ProblemType.TOKEN
+    kind = ReadoutKind.TOKENS if is_token else ReadoutKind.MEAN
+    top = (study.backbone.spec.num_layers,)
+    fits = [
+        study.fit(
+            study.completed(Recipe("baseline", readout=kind, read_layers=top, hidden=0, learning_rate=rate)),
+            lambda *_: None,
+        )
+        for rate in (1e-3, 1e-2)
+    ]
+    best = max(fits, key=lambda fitted: fitted.best.dev)
+    logits = {name: study.logits(best, name) for name in study.tables.named if name != "train"}
+    return _measured(study, logits, sum(fitted.seconds for fitted in fits))
+
+
+def _full(study: Study) -> Baseline:
+    texts = {name: Texts(*study.texts(name)) for name in study.tables.named}
+    kind, labels, device = study.tables.problem_type, study.tables.labels, study.backbone.device
+    settings = FinetuneSettings()
+    study.watcher.stage(FULL, settings.epochs)
+    tuned = finetune(
+        study.backbone.path,
+        (texts["train"], texts["dev"]),
+        kind,
+        labels,
+        settings,
+        device,
+        lambda *_: study.watcher.advance(1),
+    )
+    logits = {name: whole_logits(tuned.model, texts[name], device)[:2] for name in texts if name != "train"}
+    return _measured(study, logits, tuned.seconds)
+
+
+def _measured(study: Study, logits: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Baseline:
+    """Figures of logits in the order of the tables."""
+    tables, kind = study.tables, study.tables.problem_type
+    scores = {name: _scores(study, name, found) for name, (found, _) in logits.items()}
+    is_multi = kind is ProblemType.MULTI_LABEL
+    thresholds = evaluation.thresholds_of_scores(tables.dev, scores["dev"], tables.labels) if is_multi else []
+    figures = {
+        name: evaluation.figures_of_scores(tables.named[name], found, tables.labels, thresholds)
+        for name, found in scores.items()
+    }
+    return Baseline(figures, seconds)
+
+
+def _scores(study: Study, name: str, logits: Tensor) -> Any:
+    """[texts, labels]; for tokens lists of tags, a text each."""
+    tables, scaling = study.tables, study.scaling
+    if tables.problem_type is ProblemType.REGRESSION:
+        return (logits * scaling.std + scaling.mean).numpy()
+    if tables.problem_type is not ProblemType.TOKEN:
+        return scores_of(tables.problem_type, logits).numpy()
+    return study.word_tags(name, logits.argmax(-1))
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
+    split = "test" if "test" in story.scored else "dev"
+    scored, labels, thresholds = story.scored[split], manifest["labels"], manifest["thresholds"]
+    spread = {name: figures for name, figures in manifest["evaluation"].items() if isinstance(figures, dict)}
+    recipe = story.fitted.recipe
+    return {
+        "task": manifest["task"],
+        "problem_type": str(manifest["problem_type"]),
+        "labels": labels,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe": recipe.settings() | {"prefixes": [path.name for path in recipe.prefixes]},
+        "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": _seconds(story)},
+        "figures": spread,
+        "measure": manifest["evaluation"]["measure"],
+        "candidates": [] if story.found is None else [_point(point) for point in story.found.points],
+        "tolerance": story.tolerance,
+        "baselines": manifest["baselines"],
+        "details": {"split": split} | evaluation.details(scored, labels, thresholds),
+        "mistakes": _mistakes(scored, labels),
+        "epochs": [{"number": e.number, "loss": e.loss, "dev": e.dev} for e in story.fitted.epochs],
+        "findings": list(story.findings),
+        "data": manifest["data"],
+        "backbone": manifest["backbone"],
+        "command": story.command,
+    }
+
+
+def _seconds(story: Story) -> float:
+    searched = 0.0 if story.found is None else sum(point.seconds for point in story.found.points)
+    return max(story.fitted.seconds, searched)
+
+
+def _point(point: Any) -> dict[str, Any]:
+    return {
+        "name": point.name,
+        "passes": point.passes,
+        "dev": point.dev,
+        "seconds": point.seconds,
+        "chosen": point.chosen,
+    }
+
+
+def _mistakes(scored: Scored, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Worst first: single label by the wrong label's score, multi-label and regression by the largest error."""
+    match scored.table.problem_type:
+        case ProblemType.SINGLE_LABEL:
+            found = scored.scores.argmax(axis=1)
+            gold = evaluation.gold_of(scored.table, labels)
+            sureness = np.where(found != gold, scored.scores.max(axis=1), -1.0)
+            return [
+                _mistake(scored.table.examples[i], labels[gold[i]], labels[found[i]], sureness[i])
+                for i in _worst(sureness)
+            ]
+        case ProblemType.MULTI_LABEL:
+            errors = np.abs(scored.scores - evaluation.gold_of(scored.table, labels))
+            worst = errors.argmax(axis=1)
+            return [
+                _mistake(
+                    e := scored.table.examples[i], " | ".join(e.labels), labels[worst[i]], scored.scores[i, worst[i]]
+                )
+                for i in _worst(errors.max(axis=1))
+            ]
+        case ProblemType.REGRESSION:
+            errors = np.abs(scored.scores[:, 0] - evaluation.gold_of(scored.table, labels))
+            return [
+                _mistake(e := scored.table.examples[i], f"{e.score:g}", f"{scored.scores[i, 0]:.3g}", errors[i])
+                for i in _worst(errors)
+            ]
+        case _:
+            return []
+
+
+def _worst(sizes: Floats) -> list[int]:
+    order = np.argsort(-sizes, kind="stable")[:_MAX_MISTAKES]
+    return [int(i) for i in order if sizes[i] > 0]
+
+
+def _mistake(example: Example, gold: str, found: str, score: float) -> dict[str, Any]:
+    text = example.text
+    return {"text": text.text, "text_pair": text.text_pair, "gold": gold, "found": found, "score": float(score)}

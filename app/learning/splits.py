@@ -1,0 +1,250 @@
+"""Tables cut in two, cut down, and compared with each other. Knows texts and labels; nothing of tokens or models.
+
+Two texts are the same where they differ in white space or case alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from statistics import median
+from typing import Any
+
+from app.domain import ProblemType, TextInput
+from app.errors import DataError
+from app.learning.data import Example, Table
+
+_MIN_SPLIT_ROWS = 20
+_MAX_EXAMPLES = 5
+_Group = list[int]  # rows that stay together
+
+
+def split_off_dev(train: Table, share: float = 0.1, seed: int = 0) -> tuple[Table, Table]:
+    """(train, dev): a share of the rows goes to dev, label by label where a row has one.
+
+    No text is in both, and no label leaves train altogether. Raises DataError where there are too few rows for that.
+    """
+    count = len(train.examples)
+    if count < _MIN_SPLIT_ROWS:
+        raise DataError(
+            f"{train.name} has {count} rows, too few to set some aside for dev: "
+            f"give {_MIN_SPLIT_ROWS} at least, or a --dev file"
+        )
+    chosen = _dev_rows(train.examples, _strata(train, _same_texts(train.examples), random.Random(seed)), share)
+    if not chosen:
+        raise DataError(f"{train.name} has no rows that train can spare for dev: give more rows or a --dev file")
+    dev = replace(_taken(train, chosen), name=f"{train.name} (dev part)", unreadable=())
+    return _taken(train, set(range(count)) - chosen), dev
+
+
+def subsample(table: Table, count: int, seed: int = 0) -> Table:
+    """`count` rows of `table` in its order; see `sampled_rows`."""
+    return _taken(table, sampled_rows(table, count, seed))
+
+
+def sampled_rows(table: Table, count: int, seed: int = 0) -> list[int]:
+    """`count` rows drawn at random, ascending; of single labels each its share, and one at least where `count` allows.
+
+    All rows where there are not more.
+    """
+    total = len(table.examples)
+    if count >= total:
+        return list(range(total))
+    strata = _strata(table, ([row] for row in range(total)), random.Random(seed))
+    quotas = _quotas([len(stratum) for stratum in strata], count)
+    return sorted(row for stratum, quota in zip(strata, quotas, strict=True) for (row,) in stratum[:quota])
+
+
+def _dev_rows(examples: Sequence[Example], strata: Iterable[Sequence[_Group]], share: float) -> set[int]:
+    left = Counter(label for example in examples for label in set(example.labels))
+    chosen: set[int] = set()
+    due = 0.0  # rows that dev should still get; a fraction is carried to the next label
+    for stratum in strata:
+        due += share * sum(map(len, stratum))
+        for group in stratum:
+            if len(group) > due + 0.5:
+                continue
+            leaving = Counter(label for row in group for label in set(examples[row].labels))
+            if all(left[label] > count for label, count in leaving.items()):
+                chosen.update(group)
+                left.subtract(leaving)
+                due -= len(group)
+        due = min(due, 0.5)
+    return chosen
+
+
+def _strata(table: Table, groups: Iterable[_Group], source: random.Random) -> list[list[_Group]]:
+    """Groups by label, or all together where rows do not have just one; all in random order."""
+    is_single = table.problem_type is ProblemType.SINGLE_LABEL
+    by_label: defaultdict[str, list[_Group]] = defaultdict(list)
+    for group in groups:
+        by_label[table.examples[group[0]].labels[0] if is_single else ""].append(group)
+    strata = [by_label[label] for label in sorted(by_label)]
+    for stratum in strata:
+        source.shuffle(stratum)
+    source.shuffle(strata)
+    return strata
+
+
+def _quotas(sizes: Sequence[int], count: int) -> list[int]:
+    """`count` spread over strata by size, the furthest below its share first; `count` is less than all."""
+    total = sum(sizes)
+    quotas = [int(count >= len(sizes))] * len(sizes)
+    waiting = [
+        (quota - count * size / total, index) for index, (quota, size) in enumerate(zip(quotas, sizes, strict=True))
+    ]
+    heapq.heapify(waiting)
+    for _ in range(count - sum(quotas)):
+        surplus, index = waiting[0]
+        quotas[index] += 1
+        heapq.heapreplace(waiting, (surplus + 1, index))
+    return quotas
+
+
+def _taken(table: Table, rows: Iterable[int]) -> Table:
+    return replace(table, examples=tuple(table.examples[row] for row in sorted(rows)))
+
+
+def _same_texts(examples: Sequence[Example]) -> list[_Group]:
+    groups: defaultdict[bytes, _Group] = defaultdict(list)
+    for row, example in enumerate(examples):
+        groups[_identity(example.text)].append(row)
+    return list(groups.values())
+
+
+def _identity(text: TextInput) -> bytes:
+    """Equal for texts that are the same. A digest: a million texts are not held twice."""
+    folded = "\0".join(" ".join(part.split()).casefold() for part in (text.text, text.text_pair or ""))
+    return blake2b(folded.encode(), digest_size=16).digest()
+
+
+# -- findings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    count: int  # texts that train has too
+    lines: tuple[int, ...]  # of the first ones
+
+
+@dataclass(frozen=True, slots=True)
+class Contradictions:
+    count: int  # rows whose text train has with another answer too
+    lines: tuple[tuple[int, int], ...]  # of the first pairs
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    count: int
+    reasons: tuple[str, ...]  # of the first ones
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """In characters, both texts of a pair together."""
+
+    median: float
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a person should know of the data; each mapping is by the table's name in the run: train, dev, test."""
+
+    files: dict[str, str]
+    rows: dict[str, int]
+    overlaps: dict[str, Overlap]  # not of train
+    contradictions: Contradictions  # in train
+    unseen: dict[str, int]  # how many of train's labels a table lacks; not of train
+    unreadable: dict[str, LeftOut]
+    label_counts: dict[str, dict[str, int]]
+    length: dict[str, Lengths]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def sentences(self) -> list[str]:
+        """One for each finding that a person should act on."""
+        found = []
+        for name, left_out in self.unreadable.items():
+            if left_out.count:
+                found.append(
+                    f"{left_out.count} rows of {self.files[name]} cannot be read and are left out "
+                    f"(the first: {left_out.reasons[0]}): correct or delete them"
+                )
+        for name, overlap in self.overlaps.items():
+            if overlap.count:
+                found.append(
+                    f"{overlap.count} of {self.rows[name]} texts of {self.files[name]} also stand in "
+                    f"{self.files['train']} ({_listed(overlap.lines, overlap.count)}): the {name} figures flatter; "
+                    "take them out of one of the two"
+                )
+        if self.contradictions.count:
+            first, second = self.contradictions.lines[0]
+            found.append(
+                f"{self.contradictions.count} rows of {self.files['train']} share a text and differ in their answers "
+                f"(first lines {first} and {second}): settle which is right"
+            )
+        return found
+
+
+def findings(tables: Mapping[str, Table]) -> Findings:
+    """Of the tables of one run by their names: train, and dev and test where there are any."""
+    train = tables["train"]
+    others = {name: table for name, table in tables.items() if name != "train"}
+    groups = _same_texts(train.examples)
+    known = {_identity(train.examples[group[0]].text) for group in groups}
+    counts = {name: _label_counts(table) for name, table in tables.items()}
+    return Findings(
+        files={name: table.name for name, table in tables.items()},
+        rows={name: len(table.examples) for name, table in tables.items()},
+        overlaps={name: _overlap(table, known) for name, table in others.items()},
+        contradictions=_contradictions(train.examples, groups),
+        unseen={name: len(counts["train"].keys() - counts[name].keys()) for name in others},
+        unreadable={name: _left_out(table) for name, table in tables.items()},
+        label_counts=counts,
+        length={name: _lengths(table) for name, table in tables.items()},
+    )
+
+
+def _overlap(table: Table, known: set[bytes]) -> Overlap:
+    lines = [example.line for example in table.examples if _identity(example.text) in known]
+    return Overlap(len(lines), tuple(lines[:_MAX_EXAMPLES]))
+
+
+def _contradictions(examples: Sequence[Example], groups: Iterable[_Group]) -> Contradictions:
+    count = 0
+    pairs: list[tuple[int, int]] = []
+    for group in groups:
+        first = examples[group[0]]
+        other = next((examples[row] for row in group if _answer(examples[row]) != _answer(first)), None)
+        if other is not None:
+            count += len(group)
+            pairs.append((first.line, other.line))
+    return Contradictions(count, tuple(pairs[:_MAX_EXAMPLES]))
+
+
+def _answer(example: Example) -> tuple[tuple[str, ...], float]:
+    return example.labels, example.score
+
+
+def _left_out(table: Table) -> LeftOut:
+    return LeftOut(len(table.unreadable), tuple(row.reason for row in table.unreadable[:_MAX_EXAMPLES]))
+
+
+def _label_counts(table: Table) -> dict[str, int]:
+    return dict(sorted(Counter(label for example in table.examples for label in example.labels).items()))
+
+
+def _lengths(table: Table) -> Lengths:
+    lengths = [len(text.text) + len(text.text_pair or "") for text in table.texts]
+    return Lengths(median(lengths), max(lengths))
+
+
+def _listed(lines: Sequence[int], count: int) -> str:
+    more = ", …" if count > len(lines) else ""
+    return f"line{'s' if count > 1 else ''} {', '.join(map(str, lines))}{more}"

@@ -1,0 +1,266 @@
+"""One task's data as the frozen backbone sees it: encodings, targets and states, made once for all ways to learn it.
+
+Knows tables, the backbone and how one recipe is fitted; nothing of searches, reports or artifacts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from app.domain import Encoding, ProblemType
+from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
+from app.errors import DataError
+from app.learning.alignment import tags_of_words, word_starts
+from app.learning.cache import CachePlan, StateCache, build_cache
+from app.learning.data import OUTSIDE, Table, check_fits, label_names, read_table
+from app.learning.model import TaskModel
+from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen
+from app.learning.problems import IGNORED, MEASURES, Scaling, num_outputs, targets_of
+from app.learning.recipe import Recipe
+from app.learning.splits import split_off_dev
+from app.learning.trainer import Epoch, Split, predict_logits, train
+
+_Key = tuple[tuple[str, ...], int]  # digests of frozen prefixes, position offset
+
+
+class Watcher(Protocol):
+    """Told of progress."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` steps begins."""
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None:
+        """An arrangement was fitted."""
+
+    def notice(self, sentences: Sequence[str]) -> None:
+        """What a person should know of the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    train: Path
+    dev: Path | None = None  # None: a tenth of train is split off
+    test: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tables:
+    """The data of one task, found to fit together."""
+
+    train: Table
+    dev: Table
+    test: Table | None
+    labels: tuple[str, ...]
+
+    @classmethod
+    def read(cls, files: Files, problem_type: ProblemType | None, seed: int = 0) -> Tables:
+        train = read_table(files.train, problem_type)
+        labels = label_names(train)
+        given = None if files.dev is None else read_table(files.dev, problem_type)
+        test = None if files.test is None else read_table(files.test, problem_type)
+        for table in (given, test):
+            if table is not None:
+                check_fits(table, train, labels)
+        if given is not None:
+            return cls(train, given, test, labels)
+        train, dev = split_off_dev(train, seed=seed)
+        return cls(train, dev, test, labels)
+
+    @property
+    def problem_type(self) -> ProblemType:
+        return self.train.problem_type
+
+    @property
+    def num_outputs(self) -> int:
+        return num_outputs(self.problem_type, self.labels)
+
+    @property
+    def named(self) -> dict[str, Table]:
+        return {"train": self.train, "dev": self.dev} | ({} if self.test is None else {"test": self.test})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """A trained model: what it is made of, how well it did on dev, and what it took."""
+
+    recipe: Recipe
+    model: TaskModel
+    frozen: Frozen
+    position_offset: int
+    epochs: tuple[Epoch, ...]
+    best: Epoch
+    seconds: float
+
+    @property
+    def was_interrupted(self) -> bool:
+        return self.best.was_interrupted
+
+
+@dataclass(slots=True, eq=False)
+class _View:
+    """Encodings, targets and states of the splits, for one tuple of frozen prefixes and one position offset."""
+
+    encodings: dict[str, list[Encoding]] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))  # layer → [tokens, d]
+    extents: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # starts and lengths [texts]
+
+
+class Study:
+    """Not for several threads."""
+
+    def __init__(self, tables: Tables, backbone: Backbone, tokenizer: TextTokenizer, watcher: Watcher) -> None:
+        self.tables = tables
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.watcher = watcher
+        self.scaling = Scaling.of(tables.train)
+        self._views: dict[_Key, _View] = defaultdict(_View)
+        self._whole: Study | None = None  # of which this is a part
+        self._rows: Mapping[str, Sequence[int]] = {}
+
+    @property
+    def measure(self) -> str:
+        return MEASURES[self.tables.problem_type]
+
+    def completed(self, recipe: Recipe) -> Recipe:
+        return recipe.completed(self.tables.problem_type, self.tables.num_outputs, self.backbone.spec)
+
+    def prepare(self, recipes: Iterable[Recipe], splits: Iterable[str] = ("train", "dev")) -> None:
+        """Compute what these recipes read, each layer of each text once."""
+        plans = [cache_plan(recipe, read_frozen(recipe, self.backbone.spec)) for recipe in recipes]
+        by_key: dict[_Key, list[CachePlan]] = defaultdict(list)
+        for plan in plans:
+            by_key[_key(plan)].append(plan)
+        for alike in by_key.values():
+            for name in splits:
+                self._compute(name, alike)
+
+    def part(self, rows: Mapping[str, Sequence[int]]) -> Study:
+        """A study of these rows of the tables named: states are the whole's, and so is scaling. Not for tokens."""
+        tables = {name: _taken(table, rows.get(name)) for name, table in self.tables.named.items()}
+        labels = self.tables.labels
+        both = Tables(tables["train"], tables["dev"], tables.get("test"), labels)
+        part = Study(both, self.backbone, self.tokenizer, self.watcher)
+        part.scaling, part._whole, part._rows = self.scaling, self, rows
+        return part
+
+    def split(self, plan: CachePlan, name: str) -> Split:
+        """The states that `plan` asks for of one table, and its targets."""
+        self._compute(name, [plan])
+        view = self._views[_key(plan)]
+        states, (starts, lengths) = view.states[name], view.extents[name]
+        fork = None if plan.fork_layer is None else states[plan.fork_layer]
+        cache = StateCache(starts, lengths, {layer: states[layer] for layer in plan.cached_reads}, fork)
+        return Split(cache, view.targets[name])
+
+    def fit(self, recipe: Recipe, report: Callable[[Epoch, str], None] | None = None) -> Fitted:
+        """Train a completed recipe; the epoch that is best on dev is kept."""
+        began = time.perf_counter()
+        kind, labels = self.tables.problem_type, self.tables.labels
+        torch.manual_seed(recipe.seed)
+        frozen = read_frozen(recipe, self.backbone.spec)
+        plan = cache_plan(recipe, frozen)
+        splits = self.split(plan, "train"), self.split(plan, "dev")
+        prefix = initial_prefix(recipe, self.backbone, splits[0].cache)
+        model = TaskModel(recipe, self.backbone, self.tables.num_outputs, prefix).to(self.backbone.device)
+        tell = self.watcher.epoch if report is None else report
+        epochs = train(model, splits, kind, labels, lambda epoch: tell(epoch, self.measure))
+        best = next(epoch for epoch in reversed(epochs) if epoch.is_best)
+        seconds = time.perf_counter() - began
+        return Fitted(recipe, model, frozen, plan.position_offset, tuple(epochs), best, seconds)
+
+    def logits(self, fitted: Fitted, name: str) -> tuple[Tensor, Tensor]:
+        """Logits and targets of one table's texts; of tokens, of the tagged ones."""
+        split = self.split(cache_plan(fitted.recipe, fitted.frozen), name)
+        logits, targets, _ = predict_logits(fitted.model, split, self.tables.problem_type)
+        return logits, targets
+
+    def texts(self, name: str) -> tuple[list[Encoding], Tensor]:
+        """Encodings and targets of one table as the bare trunk reads them."""
+        plan = CachePlan(())
+        return self._encode(name, plan), self._views[_key(plan)].targets[name]
+
+    def word_tags(self, name: str, found: Tensor) -> list[list[str]]:
+        """For each text a tag for each word, of label ids of the bare trunk's tagged tokens end to end."""
+        encodings, targets = self.texts(name)
+        ids = torch.full_like(targets, self.tables.labels.index(OUTSIDE))
+        ids[targets != IGNORED] = found
+        rows = torch.split(ids, [len(encoding) for encoding in encodings])
+        labels, examples = self.tables.labels, self.tables.named[name].examples
+        return [
+            tags_of_words(word_starts(encoding, example.words), [labels[i] for i in row.tolist()])
+            for example, encoding, row in zip(examples, encodings, rows, strict=True)
+        ]
+
+    def _compute(self, name: str, plans: list[CachePlan]) -> None:
+        """Add the states that are not there yet: behind layers in one pass, and of the embeddings."""
+        plan = plans[0]
+        if self._whole is not None:
+            self._whole._compute(name, plans)
+            self._views[_key(plan)] = _part_of(self._whole._views[_key(plan)], self._rows)
+            return
+        states = self._views[_key(plan)].states[name]
+        wanted = {layer for p in plans for layer in p.cached_reads}
+        wanted |= {p.fork_layer for p in plans if p.fork_layer is not None}
+        layers = tuple(sorted(wanted - set(states) - {0}))
+        if layers:
+            states |= self._run(name, plan, CachePlan(layers, None, plan.prefixes, plan.position_offset)).reads
+        if 0 in wanted and 0 not in states:
+            embedded = self._run(name, plan, CachePlan((), 0, plan.prefixes, plan.position_offset)).fork
+            assert embedded is not None
+            states[0] = embedded
+
+    def _run(self, name: str, plan: CachePlan, keep: CachePlan) -> StateCache:
+        encodings = self._encode(name, plan)
+        self.watcher.stage(f"frozen layers, {name}", len(encodings))
+        cache = build_cache(self.backbone, encodings, keep, self.watcher.advance)
+        self._views[_key(plan)].extents[name] = cache.starts, cache.lengths
+        return cache
+
+    def _encode(self, name: str, plan: CachePlan) -> list[Encoding]:
+        if self._whole is not None:
+            self._whole._encode(name, plan)
+            self._views[_key(plan)] = _part_of(self._whole._views[_key(plan)], self._rows)
+        view = self._views[_key(plan)]
+        if name not in view.encodings:
+            table = self.tables.named.get(name)
+            if table is None:
+                raise DataError(f"there is no {name} file")
+            view.encodings[name] = encode(self.tokenizer, table, limit_tokens(self.backbone.spec, plan))
+            view.targets[name] = targets_of(table, self.tables.labels, view.encodings[name], self.scaling)
+        return view.encodings[name]
+
+
+def _taken(table: Table, rows: Sequence[int] | None) -> Table:
+    return table if rows is None else replace(table, examples=tuple(table.examples[row] for row in rows))
+
+
+def _part_of(view: _View, rows: Mapping[str, Sequence[int]]) -> _View:
+    part = _View(dict(view.encodings), dict(view.targets), view.states, dict(view.extents))
+    for name, chosen in rows.items():
+        index = torch.tensor(chosen)
+        if name in view.encodings:
+            part.encodings[name] = [view.encodings[name][row] for row in chosen]
+            part.targets[name] = view.targets[name][index]
+        if name in view.extents:
+            starts, lengths = view.extents[name]
+            part.extents[name] = starts[index], lengths[index]
+    return part
+
+
+def _key(plan: CachePlan) -> _Key:
+    return tuple(prefix.digest for prefix in plan.prefixes), plan.position_offset

@@ -1,0 +1,161 @@
+"""The cheapest arrangement within the tolerance is found, and few labels are answered by others' prefixes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.domain import ReadoutKind
+from app.engine.artifact import read_artifact
+from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
+from app.errors import SettingsError
+from app.learning.compose import compose, usable
+from app.learning.learn import Options, learn, with_enough_steps
+from app.learning.prepare import cache_plan, read_frozen
+from app.learning.recipe import Recipe
+from app.learning.search import Arrangement, Candidate, Point, candidates, choose, passes_of
+from app.learning.study import Files, Fitted, Study, Tables
+from app.learning.trainer import Epoch
+from tests.learning import samples
+from tests.learning.test_learn import Silent, files_of, recipe
+
+ALL = tuple(Arrangement)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> tuple[Path, ...]:
+    """Two tasks with prefixes, from layers 1 and 2 on."""
+    folder = tmp_path_factory.mktemp("pool")
+    files = files_of(folder, samples.single_rows, count=60)
+    for name, first_layer in (("one", 1), ("two", 2)):
+        own = recipe(task=name, epochs=2, num_virtual_tokens=3, first_layer=first_layer)
+        learn(own, files, folder / name, (backbone, backbone), Silent())
+    return tuple(usable(folder, backbone.spec))
+
+
+def study_of(files: Files, backbone: Backbone) -> Study:
+    return Study(Tables.read(files, None), backbone, TextTokenizer(backbone.path), Silent())
+
+
+def fit(dev: float) -> Fitted:
+    epoch: Any = Epoch(1, 0.0, dev, True)
+    return Fitted(Recipe("x"), None, None, 0, (epoch,), epoch, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "chosen"), [(0.0, "own"), (0.01, "combined"), (0.02, "better trunk"), (1.0, "better trunk")]
+)
+def test_the_cheapest_within_the_tolerance_of_the_best(tolerance: float, chosen: str) -> None:
+    scores = {"trunk": (1.0, 0.88), "better trunk": (1.0, 0.881), "combined": (1.3, 0.89), "own": (1.5, 0.9)}
+    found = choose(
+        [(Candidate(name, Recipe("x"), passes), fit(dev)) for name, (passes, dev) in scores.items()], tolerance
+    )
+    assert found.candidate.name == chosen
+    assert [point.name for point in found.points if point.chosen] == [chosen]
+    assert found.points[3] == Point("own", 1.5, 0.9, 1.0, chosen == "own")
+
+
+def test_candidates_rise_in_cost(tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
+    found = candidates(recipe(), study, ALL, pool)
+    assert [round(c.passes, 2) for c in found] == [1.0, 1.0, 1.0, 1.33, 1.67, 1.67, 2.0]
+    assert sum(c.recipe.num_virtual_tokens > 0 for c in found) == 3
+    assert [len(c.recipe.prefixes) for c in found if c.recipe.prefixes] == [2]
+    assert {c.recipe.readout for c in found} == {ReadoutKind.MEAN, ReadoutKind.ATTENTION}
+
+
+def test_states_are_computed_once_for_all_candidates(
+    tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]
+) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
+    study.prepare(candidate.recipe for candidate in candidates(recipe(), study, ALL, pool))
+    watcher: Any = study.watcher
+    before = len(watcher.stages)
+    for candidate in candidates(recipe(epochs=1), study, ALL, pool):
+        study.fit(candidate.recipe)
+    assert len(watcher.stages) == before
+
+
+def test_a_part_of_a_study_has_the_same_states(tmp_path: Path, backbone: Backbone) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
+    own = study.completed(recipe(num_virtual_tokens=2, first_layer=1))
+    plan = cache_plan(own, read_frozen(own, backbone.spec))
+    part = study.part({"train": [5, 3, 40]})
+    whole, some = study.split(plan, "train"), part.split(plan, "train")
+    assert torch.equal(some.targets, whole.targets[[5, 3, 40]])
+    both = [s.cache.gather(torch.tensor(rows)) for s, rows in ((some, [0, 1, 2]), (whole, [5, 3, 40]))]
+    assert whole.cache.fork is not None and some.cache.fork is not None
+    assert torch.equal(some.cache.fork[both[0].index], whole.cache.fork[both[1].index])
+    assert part.fit(replace(own, epochs=1)).best.number == 1
+
+
+def test_the_search_ends_in_an_artifact_that_says_what_was_tried(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=120)
+    options = Options(arrangements=(Arrangement.TRUNK, Arrangement.LATE), baselines=True)
+    watcher = Silent()
+    manifest = learn(
+        recipe(epochs=6), Files(files.train, None, files.test), tmp_path / "out", (backbone, backbone), watcher, options
+    )
+    assert len(watcher.candidates) >= 7
+    assert manifest["cost"] == {"passes": 1.0, "passes_alone": 1.0}
+    assert set(manifest["baselines"]) == {"majority", "tfidf", "linear head on the bare trunk"}
+    assert manifest["baselines"]["tfidf"]["test"]["rows"] == 60
+    assert manifest["data"]["dev"]["rows"] == 12 and manifest["data"]["train"]["rows"] == 108
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "bare trunk" in report and "own prefix from layer" in report and "<svg" in report
+    read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_a_head_on_the_prefixes_of_others(tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=40), backbone)
+    tried: list[str] = []
+    found = compose(study, recipe(epochs=3), pool, 0.0, lambda name, *_: tried.append(name))
+    assert tried == ["bare trunk", "one", "two", "one + two"]
+    assert found.candidate.name in tried
+    with pytest.raises(SettingsError, match="no prefixes of this backbone"):
+        compose(study, recipe(), (), 0.0, lambda *_: None)
+
+
+def test_passes_count_from_the_first_fork(tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=40), backbone)
+    both = study.completed(recipe(prefixes=pool))
+    assert passes_of(both, backbone.spec) == pytest.approx(1 + 2 / 3)
+    assert passes_of(study.completed(recipe()), backbone.spec) == 1.0
+
+
+def test_few_rows_are_gone_through_more_often() -> None:
+    few = with_enough_steps(Recipe("x"), 16)
+    assert few.epochs == 200 and few.patience > Recipe("x").patience
+    assert with_enough_steps(Recipe("x"), 10_000) == Recipe("x")
+
+
+def test_training_ends_when_nothing_more_is_won(tmp_path: Path, backbone: Backbone) -> None:
+    source = random.Random(0)
+    rows = [(text, source.choice(("yes", "no"))) for text, _ in samples.single_rows(source, 120)]  # nothing to learn
+    paths = [
+        samples.write_rows(tmp_path / f"{name}.tsv", ("text", "label"), part)
+        for name, part in (("a", rows[:80]), ("b", rows[80:]))
+    ]
+    study = study_of(Files(paths[0], paths[1]), backbone)
+    fitted = study.fit(study.completed(recipe(epochs=60, patience=2)))
+    assert len(fitted.epochs) == fitted.best.number + 2 < 60
+
+
+def test_an_interrupt_keeps_the_best_so_far(tmp_path: Path, backbone: Backbone) -> None:
+    watcher = Silent()
+
+    def stop(epoch: Epoch, measure: str) -> None:
+        if epoch.number == 2:
+            raise KeyboardInterrupt
+
+    watcher.epoch = stop  # type: ignore[method-assign]
+    files = files_of(tmp_path, samples.single_rows, count=60)
+    manifest = learn(recipe(), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert manifest["training"]["interrupted"] is True and manifest["training"]["best_epoch"] <= 2
+    read_artifact(tmp_path / "out", backbone.spec)

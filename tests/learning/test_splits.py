@@ -1,0 +1,205 @@
+"""A dev part split off, rows drawn for few-label experiments, and what is found in the data."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.domain import InputKind, ProblemType, TextInput
+from app.errors import DataError
+from app.learning.data import Example, Table, Unreadable, read_table
+from app.learning.splits import findings, sampled_rows, split_off_dev, subsample
+from tests.learning.samples import multi_rows, regression_rows, single_rows, tagged_lines, write_rows
+
+
+def table(*rows: tuple[str, str]) -> Table:
+    examples = tuple(Example(TextInput(text), line, (label,)) for line, (text, label) in enumerate(rows, start=2))
+    return Table("train.tsv", "digest", ProblemType.SINGLE_LABEL, InputKind.TEXT, examples)
+
+
+def numbered(**sizes: int) -> Table:
+    """So many rows of each label, all texts different."""
+    return table(*[(f"{label} {number}", label) for label, size in sizes.items() for number in range(size)])
+
+
+def labels(of: Table) -> Counter[str]:
+    return Counter(label for example in of.examples for label in example.labels)
+
+
+def lines(of: Table) -> list[int]:
+    return [example.line for example in of.examples]
+
+
+# -- a dev part --------------------------------------------------------------------------------------------------------
+
+
+def test_each_label_gives_its_share_to_dev() -> None:
+    train, dev = split_off_dev(numbered(a=200, b=50, c=10))
+    assert labels(dev) == {"a": 20, "b": 5, "c": 1}
+    assert sorted(lines(train) + lines(dev)) == list(range(2, 262))
+    assert lines(train) == sorted(lines(train)) and lines(dev) == sorted(lines(dev))
+    assert (train.name, dev.name) == ("train.tsv", "train.tsv (dev part)")
+    assert train.sha256 == dev.sha256 == "digest"
+
+
+def test_many_small_labels_give_their_share_together() -> None:
+    many = numbered(**{f"label{number}": 3 for number in range(40)})
+    train, dev = split_off_dev(many)
+    assert len(dev.examples) == 12
+    assert labels(train).keys() == labels(many).keys()
+
+
+def test_a_label_with_one_row_stays_in_train() -> None:
+    rare = {f"rare{number}": 1 for number in range(30)}
+    for seed in range(5):
+        train, dev = split_off_dev(numbered(a=30, b=30, **rare), share=0.5, seed=seed)
+        assert rare.keys() <= labels(train).keys() and labels(dev).keys() == {"a", "b"}
+        assert all(14 <= count <= 16 for count in labels(dev).values())
+
+
+def test_the_seed_decides() -> None:
+    whole = numbered(a=100, b=100)
+    assert split_off_dev(whole, seed=3) == split_off_dev(whole, seed=3)
+    assert lines(split_off_dev(whole, seed=3)[1]) != lines(split_off_dev(whole, seed=4)[1])
+
+
+def test_no_text_is_in_both_parts() -> None:
+    source = random.Random(0)
+    rows = [(f"Text  {source.randrange(60)}", source.choice("ab")) for _ in range(200)]
+    rows += [(text.lower().replace("  ", " "), label) for text, label in rows[:50]]
+    train, dev = split_off_dev(table(*rows), share=0.3)
+    assert 60 <= len(dev.examples) <= 80
+    assert findings({"train": train, "dev": dev}).overlaps["dev"].count == 0
+
+
+@pytest.mark.parametrize(("rows_of", "header"), [(multi_rows, "labels"), (regression_rows, "score")])
+def test_other_problems_are_split_at_random(tmp_path: Path, rows_of, header: str) -> None:
+    whole = read_table(write_rows(tmp_path / "train.tsv", ("text", header), rows_of(random.Random(0), 300)))
+    train, dev = split_off_dev(whole)
+    assert len(train.examples) + len(dev.examples) == 300 and 25 <= len(dev.examples) <= 31
+    assert labels(train).keys() == labels(whole).keys()
+
+
+def test_tagged_texts_are_split_too(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(tagged_lines(random.Random(0), 100)))
+    train, dev = split_off_dev(read_table(path))
+    assert (len(train.examples), len(dev.examples)) == (90, 10)
+
+
+def test_too_few_rows_to_split() -> None:
+    with pytest.raises(DataError, match=r"train\.tsv has 10 rows, too few .* give 20 at least, or a --dev file"):
+        split_off_dev(numbered(a=5, b=5))
+    assert len(split_off_dev(numbered(a=10, b=10))[1].examples) == 2
+
+
+@pytest.mark.parametrize(
+    "rows", [[("same", "a"), ("same", "b")] * 20, [(str(number), str(number)) for number in range(40)]]
+)
+def test_nothing_to_spare(rows: list[tuple[str, str]]) -> None:
+    with pytest.raises(DataError, match="no rows that train can spare for dev: give more rows or a --dev file"):
+        split_off_dev(table(*rows))
+
+
+def test_unreadable_rows_are_told_of_once() -> None:
+    whole = replace(numbered(a=10, b=10), unreadable=(Unreadable(1, "line 1 has no label"),))
+    train, dev = split_off_dev(whole)
+    assert train.unreadable == whole.unreadable and dev.unreadable == ()
+
+
+# -- fewer rows --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_keeps_the_shares_of_the_labels() -> None:
+    assert labels(subsample(numbered(a=600, b=300, c=100), 100)) == {"a": 60, "b": 30, "c": 10}
+
+
+def test_a_sample_has_a_row_of_each_label_where_it_can() -> None:
+    whole = numbered(a=1000, b=3, c=2, d=1)
+    assert labels(subsample(whole, 16)) == {"a": 13, "b": 1, "c": 1, "d": 1}
+    assert labels(subsample(whole, 4)) == {"a": 1, "b": 1, "c": 1, "d": 1}
+    assert len(subsample(numbered(**{f"label{number}": 5 for number in range(77)}), 16).examples) == 16
+
+
+def test_the_seed_decides_which_rows() -> None:
+    whole = numbered(**{f"label{number}": 5 for number in range(77)})
+    assert subsample(whole, 16, seed=1) == subsample(whole, 16, seed=1)
+    assert labels(subsample(whole, 16, seed=1)) != labels(subsample(whole, 16, seed=2))
+    assert lines(subsample(whole, 100)) == [whole.examples[row].line for row in sampled_rows(whole, 100)]
+
+
+def test_a_sample_of_all_rows_is_the_table() -> None:
+    whole = numbered(a=3, b=2)
+    assert subsample(whole, 5) == subsample(whole, 100) == whole
+
+
+def test_scores_are_drawn_at_random(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "train.tsv", ("text", "score"), regression_rows(random.Random(0), 50))
+    assert len(subsample(read_table(path), 16).examples) == 16
+
+
+# -- findings ----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_test_that_train_has_too() -> None:
+    train = table(("One  text", "a"), ("another", "b"), ("pair", "a"))
+    test = replace(table(("new", "a"), ("one TEXT ", "b"), *[("another", "b")] * 6), name="test.tsv")
+    found = findings({"train": train, "test": test})
+    assert found.overlaps["test"].count == 7
+    assert found.overlaps["test"].lines == (3, 4, 5, 6, 7)
+    (sentence,) = found.sentences()
+    assert sentence.startswith("7 of 8 texts of test.tsv also stand in train.tsv (lines 3, 4, 5, 6, 7, …)")
+
+
+def test_a_pair_is_the_same_where_both_texts_are() -> None:
+    train, test = (
+        Table("file", "", ProblemType.SINGLE_LABEL, InputKind.PAIR, (Example(TextInput(*pair), 2, ("a",)),))
+        for pair in (("x", "y"), ("y", "x"))
+    )
+    found = findings({"train": train, "test": test})
+    assert found.overlaps["test"].count == 0 and found.length["train"].max == 2
+
+
+def test_rows_of_train_that_contradict_each_other() -> None:
+    found = findings({"train": table(("x", "a"), ("y", "a"), ("X", "a"), ("x", "b"), ("y", "a"), ("z", "b"))})
+    assert found.contradictions.count == 3
+    assert found.contradictions.lines == ((2, 5),)
+    (sentence,) = found.sentences()
+    assert sentence.startswith("3 rows of train.tsv share a text and differ in their answers (first lines 2 and 5)")
+
+
+def test_scores_that_differ_contradict() -> None:
+    examples = tuple(Example(TextInput("x"), line, score=line) for line in (2, 3))
+    scored = Table("train.tsv", "", ProblemType.REGRESSION, InputKind.TEXT, examples)
+    assert findings({"train": scored}).contradictions.count == 2
+
+
+def test_what_could_not_be_read_is_told(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "train.tsv", ("text", "label"), [*single_rows(random.Random(0), 18), ("", "a"), ("b",)]
+    )
+    found = findings({"train": read_table(path)})
+    assert found.unreadable["train"].count == 2
+    assert found.unreadable["train"].reasons == (
+        "line 20 has an empty text",
+        "line 21 has 1 fields, and the header 2",
+    )
+    assert found.sentences()[0].startswith(
+        "2 rows of train.tsv cannot be read and are left out (the first: line 20 has an empty text)"
+    )
+
+
+def test_data_in_order_needs_no_sentence_and_is_counted() -> None:
+    train, dev = table(("one", "a"), ("fifteen", "b"), ("two", "a")), table(("four", "a"))
+    found = findings({"train": train, "dev": dev})
+    assert found.sentences() == []
+    written = json.loads(json.dumps(found.as_json()))
+    assert written["label_counts"] == {"train": {"a": 2, "b": 1}, "dev": {"a": 1}}
+    assert written["unseen"] == {"dev": 1}
+    assert written["length"]["train"] == {"median": 3, "max": 7}
+    assert written["rows"] == {"train": 3, "dev": 1}
