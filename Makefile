@@ -11,7 +11,7 @@ OMP_NUM_THREADS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-peers format lock clean
+.PHONY: help install run test check bench bench-learning bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
@@ -43,6 +43,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench $(ARGS)
+
+bench-learning: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.learning $(DATA) $(ARGS)
 
 bench-peers: .venv-adapterhub/.installed
 

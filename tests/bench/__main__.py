@@ -6,19 +6,16 @@ Run it on a machine that does nothing else: a second busy process makes the thre
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 
 from app.engine.backbone import Backbone, keep_freed_memory, set_threads
 from tests.bench.fanout import COUNTS, KINDS, Cell, measure_adapterhub, measure_engine, measure_peft
+from tests.bench.machine import describe
 from tests.bench.resident import Resident, measure_resident
 from tests.bench.startup import measure_startup
 
@@ -68,8 +65,7 @@ def _line(cell: Cell) -> str:
 def _report(threads: int, cells: Sequence[Cell], resident: Resident, startup_s: float) -> str:
     parts = [
         "# Fan-out: what N tasks cost\n",
-        f"{date.today()}, {_processor()}, {threads} threads, float32, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}. Written by `make bench`.\n",
+        f"{date.today()}, {describe(threads)}. Written by `make bench`.\n",
         "Each number is time over that of the bare backbone's forward (transformers, fused attention, no task at all) "
         "on the same 8 texts: the median of paired runs. In brackets the planned passes. "
         "Prefixes have 16 virtual tokens.\n",
@@ -103,13 +99,6 @@ def _entry(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     return f"{cell.ratio:.2f}" + (f" ({cell.passes:.2f})" if cell.passes else "")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

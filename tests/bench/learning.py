@@ -1,0 +1,225 @@
+"""How long learning takes: a late-forked prefix with every baseline, against PEFT's prefix tuning in its usual trainer.
+
+    make bench-learning DATA=folder     # with train.tsv, dev.tsv and test.tsv: text, label
+
+Both train until they have reached the same dev accuracy. Writes tests/bench/LEARNING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+from app.domain import ReadoutKind
+from app.engine.backbone import Backbone, keep_freed_memory, set_threads
+from app.engine.tokenizer import TextTokenizer
+from app.learning.data import Table, read_table
+from app.learning.learn import Files, Options, learn
+from app.learning.recipe import Recipe
+from app.learning.trainer import Epoch
+from tests.bench.machine import describe
+
+VIRTUAL_TOKENS = 16
+FIRST_LAYERS = (5, 4, 3, 0)
+PEFT_RATES = (1e-2, 3e-3)
+REPORT = Path(__file__).with_name("LEARNING.md")
+
+
+class Clock:
+    """A watcher that notes when the dev score was reached for the first time."""
+
+    def __init__(self, target: float) -> None:
+        self.began, self.target = time.perf_counter(), target
+        self.reached_s: float | None = None
+        self.stages: dict[str, float] = {}
+
+    def stage(self, name: str, total: int) -> None:
+        self.stages[name] = time.perf_counter() - self.began
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None:
+        if self.reached_s is None and epoch.dev >= self.target:
+            self.reached_s = time.perf_counter() - self.began
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
+
+    def notice(self, sentences: object) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    name: str
+    seconds: float  # all of it
+    reached_s: float | None  # until the dev score was there
+    dev: float
+
+
+def measure_learn(files: Files, backbones: tuple[Backbone, Backbone], first_layer: int, target: float) -> Run:
+    """`manifold learn` from files to artifact, all baselines but full fine-tuning with it."""
+    recipe = Recipe("task", num_virtual_tokens=VIRTUAL_TOKENS, first_layer=first_layer)
+    clock = Clock(target)
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = learn(recipe, files, Path(folder) / "task", backbones, clock, Options(baselines=True))
+    seconds = time.perf_counter() - clock.began
+    return Run(
+        f"manifold learn, first layer {first_layer}",
+        seconds,
+        clock.reached_s,
+        manifest["evaluation"]["dev"]["accuracy"],
+    )
+
+
+def measure_trunk(files: Files, backbones: tuple[Backbone, Backbone], target: float) -> Run:
+    clock = Clock(target)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe("task", readout=ReadoutKind.ATTENTION)
+        manifest = learn(recipe, files, Path(folder) / "task", backbones, clock, Options(baselines=True))
+    seconds = time.perf_counter() - clock.began
+    return Run("manifold learn, bare trunk", seconds, clock.reached_s, manifest["evaluation"]["dev"]["accuracy"])
+
+
+class _Until(TrainerCallback):
+    """Ends PEFT's training at the dev score, or when the time is up."""
+
+    def __init__(self, target: float, budget_s: float) -> None:
+        self.began, self.target, self.budget_s = time.perf_counter(), target, budget_s
+        self.reached_s: float | None = None
+        self.best = 0.0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self.best = max(self.best, metrics["eval_accuracy"])
+        spent = time.perf_counter() - self.began
+        if metrics["eval_accuracy"] >= self.target:
+            self.reached_s = spent
+        if self.reached_s is not None or spent > self.budget_s:
+            control.should_training_stop = True
+
+
+def measure_peft(files: Files, path: str, rate: float, target: float, budget_s: float) -> Run:
+    """PEFT's PrefixTuningConfig in transformers' Trainer, evaluated after each epoch."""
+    assert files.dev is not None
+    train, dev = read_table(files.train), read_table(files.dev)
+    labels = sorted({example.labels[0] for example in train.examples})
+    until = _Until(target, budget_s)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels))
+        config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=VIRTUAL_TOKENS)
+        tokenizer = TextTokenizer(path)
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=64,
+            num_train_epochs=30,
+            learning_rate=rate,
+            lr_scheduler_type="linear",
+            eval_strategy="epoch",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            train_sampling_strategy="group_by_length",
+            seed=0,
+        )
+        trainer = Trainer(
+            get_peft_model(base, config),
+            arguments,
+            data_collator=_collate,
+            train_dataset=_rows(tokenizer, train, labels),  # type: ignore[arg-type]
+            eval_dataset=_rows(tokenizer, dev, labels),  # type: ignore[arg-type]
+            compute_metrics=lambda found: {"accuracy": float((found[0].argmax(-1) == found[1]).mean())},
+            callbacks=[until],
+        )
+        trainer.train()
+    seconds = time.perf_counter() - until.began
+    return Run(f"PEFT prefix tuning in transformers' Trainer, rate {rate:g}", seconds, until.reached_s, until.best)
+
+
+def _rows(tokenizer: TextTokenizer, table: Table, labels: list[str]) -> list[dict[str, Any]]:
+    encodings = tokenizer.encode(table.texts, [256] * len(table.examples), truncate=True)
+    return [
+        {"input_ids": list(encoding.input_ids), "labels": labels.index(example.labels[0])}
+        for encoding, example in zip(encodings, table.examples, strict=True)
+    ]
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(ids, batch_first=True),
+        "attention_mask": pad(mask, batch_first=True),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def _runs(files: Files, target: float, budget_s: float) -> Iterator[Run]:
+    backbone = Backbone.load("embedded", "cpu", "auto")
+    exact = backbone if backbone.spec.dtype == "float32" else Backbone.load("embedded", "cpu", "float32")
+    for first_layer in FIRST_LAYERS:
+        yield measure_learn(files, (backbone, exact), first_layer, target)
+    yield measure_trunk(files, (backbone, exact), target)
+    for rate in PEFT_RATES:
+        yield measure_peft(files, exact.path, rate, target, budget_s)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.learning", description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--target", type=float, default=0.98, help="dev accuracy that both must reach; default 0.98")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds that a run of PEFT may take; default 300")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    keep_freed_memory()
+    set_threads(args.threads)
+    files = Files(args.data / "train.tsv", args.data / "dev.tsv", args.data / "test.tsv")
+    rows = len(read_table(files.train).examples)
+    lines = ["| | from files to artifact, with baselines | until the dev score | dev accuracy |", "|---|---|---|---|"]
+    runs = []
+    for run in _runs(files, args.target, args.budget):
+        runs.append(run)
+        reached = "not reached" if run.reached_s is None else f"{run.reached_s:.0f} s"
+        lines.append(f"| {run.name} | {run.seconds:.0f} s | {reached} | {run.dev:.3f} |")
+        sys.stdout.write(lines[-1] + "\n")
+        sys.stdout.flush()
+    conditions = describe(args.threads, "bfloat16 and float32")
+    text = f"""# Learning: how long it takes
+
+{datetime.now(UTC):%Y-%m-%d}, {conditions}. Written by `make bench-learning DATA=…`.
+
+{args.data.name}: {rows} rows to train on, {VIRTUAL_TOKENS} virtual tokens. To be reached: dev accuracy {args.target}.
+
+{chr(10).join(lines)}
+
+{_verdict(runs)}
+"""
+    REPORT.write_text(text)
+    return 0
+
+
+def _verdict(runs: list[Run]) -> str:
+    ours = next(run for run in runs if "first layer 4" in run.name)
+    theirs = min((run for run in runs if "PEFT" in run.name), key=lambda run: run.reached_s or run.seconds)
+    if ours.reached_s is None:
+        return "First layer 4 did not reach the dev score."
+    spent = theirs.reached_s or theirs.seconds
+    there = "" if theirs.reached_s else f", which had not got there after {spent:.0f} s"
+    return f"First layer 4 is there {spent / ours.reached_s:.1f} times sooner than the faster of PEFT's runs{there}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
