@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dev", type=Path, metavar="FILE", help="picks epoch and thresholds; default a tenth of train")
     parser.add_argument("--test", type=Path, metavar="FILE", help="measured at the end")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the artifact's folder")
+    parser.add_argument(
+        "--golden",
+        type=Path,
+        metavar="FILE",
+        help="inputs a line (pairs: with a tab between) to keep as golden examples; default rows of dev",
+    )
     kinds = [kind.value for kind in ProblemType if kind is not ProblemType.EMBEDDING]
     parser.add_argument("--problem-type", choices=kinds, help="where the columns do not say it")
     _add_search_arguments(parser)
@@ -184,6 +190,7 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         tolerance=args.tolerance / 100,
         baselines=args.baselines,
         full_finetune=args.full_finetune,
+        golden=args.golden,
         command=shlex.join(["manifold", "learn", *_typed()]),
     )
 

@@ -123,6 +123,21 @@ def check_fits(table: Table, train: Table, labels: Sequence[str]) -> None:
         raise DataError(f"{table.name} has labels that {train.name} lacks: {', '.join(unknown[:5])}")
 
 
+def read_inputs(path: Path, input_kind: InputKind) -> list[TextInput]:
+    """Texts without answers, one a line; of pairs with a tab between. Empty lines do not count."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    parts = [tuple(line.split("\t")) for line in lines]
+    size = 1 if input_kind is InputKind.TEXT else 2
+    wrong = next((i for i, fields in enumerate(parts, start=1) if len(fields) != size or not all(fields)), None)
+    if wrong is not None or not parts:
+        wanted = "a text a line" if size == 1 else "two texts a line with a tab between"
+        raise DataError(f"{path.name} must hold {wanted}" + ("" if wrong is None else f": input {wrong} does not"))
+    return [TextInput(*fields) for fields in parts]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

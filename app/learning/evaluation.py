@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from app.domain import Encoding, ProblemType, TaskOutput
+from app.domain import Encoding, ProblemType, TaskOutput, TextInput
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
@@ -133,12 +133,18 @@ def score_baseline(scored: Scored, labels: Sequence[str]) -> dict[str, Any]:
 
 def golden_examples(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: Table) -> list[dict[str, Any]]:
     """Short inputs of varied labels and lengths, with the scores that this artifact gives them."""
-    chosen = _varied(table.examples)
-    outputs = predict(engine, tokenizer, artifact, [example.text for example in chosen])
+    return golden_of(engine, tokenizer, artifact, [example.text for example in _varied(table.examples)])
+
+
+def golden_of(
+    engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, texts: list[TextInput]
+) -> list[dict[str, Any]]:
+    """These inputs with the scores that this artifact gives them."""
+    outputs = predict(engine, tokenizer, artifact, texts)
     return [
-        ({"text": e.text.text} if e.text.text_pair is None else {"text": e.text.text, "text_pair": e.text.text_pair})
+        ({"text": text.text} if text.text_pair is None else {"text": text.text, "text_pair": text.text_pair})
         | {"scores": [float(f"{score:.{_GOLDEN_DIGITS}g}") for score in output.scores]}
-        for e, output in zip(chosen, outputs, strict=True)
+        for text, output in zip(texts, outputs, strict=True)
     ]
 
 

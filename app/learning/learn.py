@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from app.domain import BackboneSpec, HeadKind, ProblemType
+from app.domain import BackboneSpec, HeadKind, ProblemType, TextInput
 from app.engine.artifact import Artifact, build_artifact, flatten_prefix, read_artifact
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
 from app.engine.backbone import Backbone
@@ -23,6 +23,7 @@ from app.errors import ArtifactError
 from app.learning import evaluation, reporting, writer
 from app.learning.calibration import fit_temperature
 from app.learning.compose import compose
+from app.learning.data import read_inputs
 from app.learning.evaluation import Scored
 from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
@@ -49,6 +50,7 @@ class Options:
     tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
     baselines: bool = False
     full_finetune: bool = False
+    golden: Path | None = None  # inputs for the golden examples; None: rows of dev
     command: str = ""  # as it was typed, for the report
 
 
@@ -89,6 +91,7 @@ def learn(
     backbone, exact = backbones
     tables = Tables.read(files, options.problem_type, recipe.seed)
     study = Study(tables, backbone, TextTokenizer(backbone.path), watcher)
+    golden = read_inputs(options.golden, tables.train.input_kind) if options.golden is not None else []
     noticed = findings(tables.named)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
@@ -101,7 +104,7 @@ def learn(
         learned = _finish(study, study.fit(completed))
     baselines = reporting.baselines(study, options.full_finetune) if options.baselines else {}
     with writer.new_folder(out) as folder:
-        manifest, scored = _write(folder, learned, exact, watcher, baselines)
+        manifest, scored = _write(folder, learned, exact, watcher, baselines, golden)
         reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
     return manifest
 
@@ -201,7 +204,12 @@ def _add_prefixes(tensors: dict[str, Tensor], fitted: Fitted) -> list[dict[str, 
 
 
 def _write(
-    folder: Path, learned: Learned, exact: Backbone, watcher: Watcher, baselines: Mapping[str, Any]
+    folder: Path,
+    learned: Learned,
+    exact: Backbone,
+    watcher: Watcher,
+    baselines: Mapping[str, Any],
+    golden: list[TextInput],
 ) -> tuple[dict[str, Any], dict[str, Scored]]:
     """Write the tensors, measure what is read back, and write the manifest last: without it nothing is loadable."""
     tables, tokenizer = learned.tables, learned.study.tokenizer
@@ -224,7 +232,9 @@ def _write(
             | {"measure": MEASURES[tables.problem_type]},
             "baselines": {name: baseline.figures for name, baseline in baselines.items()},
             "score_baseline": evaluation.score_baseline(scored["dev"], tables.labels),
-            "golden": evaluation.golden_examples(engine, tokenizer, artifact, tables.dev),
+            "golden": evaluation.golden_of(engine, tokenizer, artifact, golden)
+            if golden
+            else evaluation.golden_examples(engine, tokenizer, artifact, tables.dev),
         }
         writer.write_peft_config(folder, manifest, exact.spec)
         writer.write_manifest(folder, manifest)

@@ -14,7 +14,7 @@ from app.domain import ReadoutKind
 from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
-from app.errors import SettingsError
+from app.errors import DataError, SettingsError
 from app.learning.compose import compose, usable
 from app.learning.learn import Options, learn, with_enough_steps
 from app.learning.prepare import cache_plan, read_frozen
@@ -159,3 +159,14 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path: Path, backbone: Backbone) 
     manifest = learn(recipe(), files, tmp_path / "out", (backbone, backbone), watcher)
     assert manifest["training"]["interrupted"] is True and manifest["training"]["best_epoch"] <= 2
     read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_golden_examples_can_be_given(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=60)
+    (tmp_path / "golden.txt").write_text("we was good in it\n\nthe awful of paris\n")
+    options = Options(golden=tmp_path / "golden.txt")
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(), options)
+    assert [example["text"] for example in manifest["golden"]] == ["we was good in it", "the awful of paris"]
+    (tmp_path / "golden.txt").write_text("two\ttexts\n")
+    with pytest.raises(DataError, match=r"golden\.txt must hold a text a line: input 1 does not"):
+        learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(), options)
