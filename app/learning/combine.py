@@ -1,0 +1,356 @@
+"""Representations: ordered tuples of frozen prefixes, served as embeddings, that carry heads.
+
+Writes them, and replaces one of their prefixes, with every head fitted again. Trains no prefix and draws nothing.
+After Huang et al. 2023 (arXiv 2305.13499), section 3.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from app.domain import BackboneSpec, HeadKind, InputKind, ProblemType, ReadoutKind, TextInput
+from app.engine.artifact import MANIFEST, Artifact, build_artifact, flatten_prefix, read_artifact
+from app.engine.artifact_checks import FORMAT_VERSION, NAME, PROMPT, prefix_digest
+from app.engine.backbone import Backbone
+from app.engine.engine import Engine
+from app.engine.golden import check_golden
+from app.engine.heads import head_tensor_names
+from app.engine.tokenizer import TextTokenizer
+from app.errors import ArtifactError, SettingsError
+from app.learning import evaluation, writer
+from app.learning.data import Example, Table
+from app.learning.learn import Files, Options, learn
+from app.learning.model import position_offset
+from app.learning.prepare import Frozen, read_frozen
+from app.learning.problems import MEASURES
+from app.learning.recipe import Recipe
+from app.learning.rows import LayerPrefix
+from app.learning.study import Tables, Watcher
+
+CHANGES = "changes.json"
+READOUTS = (ReadoutKind.MEAN, ReadoutKind.CLS, ReadoutKind.POOLER)  # those without anything to learn
+_MAX_GOLDEN_DIFFERENCE = 1e-4
+_SENTENCES = (
+    "Tea, please.",
+    "The train leaves at nine.",
+    "Is there a quiet room on the second floor?",
+    "She put the blue notebook back on the shelf and closed the window before the rain came.",
+)
+_GOLDEN = Table(
+    name="golden sentences",
+    sha256="",
+    problem_type=ProblemType.EMBEDDING,
+    input_kind=InputKind.TEXT,
+    examples=tuple(Example(TextInput(text), line) for line, text in enumerate(_SENTENCES, 1)),
+)
+
+Measure = Callable[[Engine, TextTokenizer, Artifact], dict[str, Any]]
+
+
+def combine(
+    name: str,
+    prefixes: Sequence[Path],
+    out: Path,
+    exact: Backbone,
+    readout: ReadoutKind = ReadoutKind.MEAN,
+    read_layers: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """Write the representation `name` of these artifacts' prefixes, in order. `exact`: in float32.
+
+    Returns the manifest. Raises SettingsError where they cannot stand side by side, ArtifactError for a faulty one.
+    """
+    writer.check_out(out.absolute())
+    if not prefixes:
+        raise SettingsError("there is nothing to combine: name the folders of artifacts that have prefixes")
+    frozen = read_frozen(Recipe(name, prefixes=tuple(prefixes)), exact.spec)
+    with writer.new_folder(out) as folder:
+        return _write_representation(folder, _representation(name, frozen, readout, read_layers, exact.spec), exact)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """An artifact that was not measured yet."""
+
+    manifest: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def _representation(
+    name: str, frozen: Frozen, readout: ReadoutKind, read_layers: tuple[int, ...], spec: BackboneSpec
+) -> Draft:
+    _check_name(name, spec)
+    if readout not in READOUTS:
+        raise SettingsError(f"--readout must be one of {', '.join(READOUTS)}: a representation learns nothing")
+    recipe = Recipe(name, readout, read_layers).completed(ProblemType.EMBEDDING, 0, spec)
+    tensors, entries = stored_prefixes(frozen)
+    _check_tuple(entries, recipe.read_layers[-1])
+    top, first = recipe.read_layers[-1], min(prefix.first_layer for prefix in frozen.prefixes)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "task": name,
+        "problem_type": ProblemType.EMBEDDING,
+        "labels": [],
+        "input": InputKind.TEXT,
+        "readout": {"kind": readout, "layers": list(recipe.read_layers)},
+        "prefixes": entries,
+        "position_offset": position_offset(list(frozen.prefixes)),
+        "backbone": {
+            "name": spec.name,
+            "fingerprint": spec.fingerprint,
+            "num_layers": spec.num_layers,
+            "hidden_size": spec.hidden_size,
+            "num_attention_heads": spec.num_heads,
+        },
+        "cost": {
+            "passes": round(1 + (top - first) / spec.num_layers, 4),
+            "passes_alone": round(top / spec.num_layers, 4),
+        },
+    }
+    return Draft(manifest, tensors)
+
+
+def _check_name(name: str, spec: BackboneSpec) -> None:
+    if not NAME.fullmatch(name):
+        raise SettingsError("--name must be a name of a-z, 0-9, _, . and -, 64 characters at most")
+    if name == spec.name:
+        raise SettingsError(f'"{name}" is the name of the backbone\'s own representation: choose another --name')
+
+
+def _check_tuple(entries: Sequence[Mapping[str, Any]], top: int) -> None:
+    seen: dict[str, str] = {}
+    for entry in entries:
+        if entry["first_layer"] >= top:
+            raise SettingsError(
+                f"the prefix of {entry['task']} begins at layer {entry['first_layer']}, and the readout ends at {top}: "
+                "give higher --read-layers, or leave it out"
+            )
+        if entry["digest"] in seen:
+            raise SettingsError(f"{seen[entry['digest']]} and {entry['task']} hold the same prefix: name it once")
+        seen[entry["digest"]] = entry["task"]
+
+
+def stored_prefixes(frozen: Frozen) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Prefix tensors as an artifact holds them, in half precision, and the manifest's entries for them."""
+    tensors: dict[str, Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    for index, (prefix, entry) in enumerate(zip(frozen.prefixes, frozen.entries, strict=True)):
+        flat = flatten_prefix(prefix.vectors).to(writer.STORED)
+        tensors[PROMPT if len(frozen.prefixes) == 1 else f"{PROMPT}.{index}"] = flat
+        entries.append(dict(entry) | {"digest": prefix_digest(flat, prefix.first_layer)})
+    return tensors, entries
+
+
+def _write_representation(folder: Path, draft: Draft, exact: Backbone) -> dict[str, Any]:
+    def golden(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact) -> dict[str, Any]:
+        return {"golden": evaluation.golden_examples(engine, tokenizer, artifact, _GOLDEN)}
+
+    return write_measured(folder, draft, exact, golden)
+
+
+def write_measured(
+    folder: Path, draft: Draft, exact: Backbone, measure: Measure, in_full: Collection[str] = ()
+) -> dict[str, Any]:
+    """Write the tensors, add what `measure` says of what is read back to the manifest, and write that last.
+
+    Tensors named in `in_full` keep their precision. Returns the manifest.
+    Raises ArtifactError where what was written does not give the golden scores that it states.
+    """
+    tokenizer = TextTokenizer(exact.path)
+    writer.write_tensors(folder, draft.tensors, exact=in_full)
+    read = build_artifact(draft.manifest, writer.read_tensors(folder), exact.spec, "draft", folder.name)
+    with evaluation.running(exact) as engine:
+        engine.load(read)
+        manifest = draft.manifest | measure(engine, tokenizer, read)
+        writer.write_peft_config(folder, manifest, exact.spec)
+        writer.write_manifest(folder, manifest)
+        written = read_artifact(folder, exact.spec)
+        engine.load(written)
+        difference = check_golden(engine, tokenizer, written) or 0.0
+    if not difference <= _MAX_GOLDEN_DIFFERENCE:
+        raise ArtifactError(manifest["task"], [f"read back, its golden scores differ by {difference:.1e}"])
+    return manifest
+
+
+# -- a new version, with its heads -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Head:
+    artifact: Artifact
+    files: Files
+
+    @property
+    def task(self) -> str:
+        return str(self.artifact.manifest["task"])
+
+
+def update(
+    representation: Path,
+    replace: tuple[str, Path],  # the task or digest of one of its prefixes, and the artifact whose prefix comes instead
+    heads: Sequence[Path],
+    files: Mapping[str, Files],  # by task
+    out: Path,
+    backbones: tuple[Backbone, Backbone],
+    watcher: Watcher,
+) -> dict[str, Any]:
+    """Write the representation's next version and its heads, fitted again, to folders in `out` named after them.
+
+    `backbones`: one to train on, one in float32 to measure with. Returns what CHANGES holds: each head's figures
+    before and after. Raises a ManifoldError; whatever happens, `out` is never half written.
+    """
+    writer.check_out(out.absolute())
+    if (out / MANIFEST).exists():
+        raise SettingsError(f"{out} is an artifact, and several will be written: name a new folder with --out")
+    exact = backbones[1]
+    old = read_artifact(representation, exact.spec)
+    if old.manifest["problem_type"] != ProblemType.EMBEDDING:
+        raise SettingsError(f"{representation} is a task, no representation: write one with manifold combine --name")
+    index, frozen = _replaced(old, *replace, exact.spec)
+    read = [_read_head(path, old, files, exact.spec) for path in heads]
+    name, readout = old.manifest["task"], old.manifest["readout"]
+    _check_distinct([name, *(head.task for head in read)])
+    draft = _representation(name, frozen, ReadoutKind(readout["kind"]), tuple(readout["layers"]), exact.spec)
+    changes: dict[str, Any] = {
+        "representation": name,
+        "from": old.digest,
+        "replaced": _entry(old, index),
+        "by": draft.manifest["prefixes"][index],
+        "heads": {},
+    }
+    with writer.new_folder(out) as folder:
+        (folder / name).mkdir()
+        _write_representation(folder / name, draft, exact)
+        for head in read:
+            changes["heads"][head.task] = _refit(head, folder, name, backbones, watcher)
+        (folder / CHANGES).write_text(json.dumps(changes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return changes
+
+
+def _entry(artifact: Artifact, index: int) -> dict[str, Any]:
+    entry: dict[str, Any] = artifact.manifest["prefixes"][index]
+    return entry
+
+
+def _replaced(old: Artifact, name: str, new: Path, spec: BackboneSpec) -> tuple[int, Frozen]:
+    """Where the prefix stood, and the tuple with the new one in its place."""
+    entries = [{"task": "unnamed"} | entry for entry in old.manifest["prefixes"]]
+    found = [i for i, entry in enumerate(entries) if name in (entry["task"], entry["digest"])]
+    if len(found) != 1:
+        known = ", ".join(f"{entry['task']} ({entry['digest']})" for entry in entries)
+        problem = "stands for more than one prefix" if found else "is none of the prefixes"
+        raise SettingsError(f'--replace: "{name}" {problem} of {old.manifest["task"]}: give a digest of {known}')
+    index = found[0]
+    coming = read_frozen(Recipe("new", prefixes=(new,)), spec)
+    if len(coming.prefixes) != 1:
+        raise SettingsError(f"--replace: {new} has {len(coming.prefixes)} prefixes: name an artifact with one")
+    prefixes = [
+        LayerPrefix(entry["first_layer"], vectors.float(), entry["digest"])
+        for entry, vectors in zip(entries, old.prefix_vectors, strict=True)
+    ]
+    _, (came,) = stored_prefixes(coming)
+    if came["digest"] == entries[index]["digest"]:
+        raise SettingsError(f"--replace: {new} holds the prefix that is there already: nothing would change")
+    prefixes[index], entries[index] = coming.prefixes[0], came
+    return index, Frozen(tuple(prefixes), tuple(entries))
+
+
+def _read_head(path: Path, old: Artifact, files: Mapping[str, Files], spec: BackboneSpec) -> _Head:
+    artifact = read_artifact(path, spec)
+    task, name = artifact.manifest["task"], old.manifest["task"]
+    version, reads = artifact.version(0), old.version(0)
+    if artifact.manifest["problem_type"] == ProblemType.EMBEDDING:
+        raise SettingsError(f"{path} is a representation, no head: leave it out of --heads")
+    if (version.prefixes, version.position_offset) != (reads.prefixes, reads.position_offset):
+        raise SettingsError(f"{path} does not read the prefixes of {name}, in their order: leave it out of --heads")
+    if task not in files:
+        raise SettingsError(f"there are no files for {task}: add [tasks.{task}] with train, dev and test to --config")
+    return _Head(artifact, files[task])
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingsError(f'two of what would be written are called "{twice}": leave one out of --heads')
+
+
+def _refit(
+    head: _Head, folder: Path, representation: str, backbones: tuple[Backbone, Backbone], watcher: Watcher
+) -> dict[str, Any]:
+    """Fit and write one head on the new version; its figures before and after, on the same rows."""
+    recipe = recipe_of(head.artifact, (folder / representation,))
+    kind = ProblemType(head.artifact.manifest["problem_type"])
+    tables = Tables.read(head.files, kind, recipe.seed)
+    check_answers(head.artifact, tables)
+    watcher.stage(f"head {head.task}", 0)
+    learned_from = (head.artifact.manifest.get("data") or {}).get("train", {}).get("sha256")
+    if learned_from not in (None, tables.train.sha256):
+        watcher.notice(
+            [f"{tables.train.name} is not the file that {head.task} was learned from: figures change with it"]
+        )
+    before = figures(head.artifact, tables, backbones[1], head.artifact.manifest.get("thresholds") or [])
+    manifest = learn(recipe, head.files, folder / head.task, backbones, watcher, Options(problem_type=kind))
+    if manifest["training"]["interrupted"]:
+        raise KeyboardInterrupt
+    after = manifest["evaluation"]
+    return {"measure": MEASURES[kind]} | {
+        name: {"before": found, "after": after[name]} for name, found in before.items()
+    }
+
+
+# -- what an artifact says of how it was made --------------------------------------------------------------------------
+
+
+def recipe_of(artifact: Artifact, prefixes: tuple[Path, ...]) -> Recipe:
+    """The recipe that the artifact's head was fitted by, to fit it again on `prefixes`, frozen."""
+    manifest = artifact.manifest
+    readout, head = manifest["readout"], manifest["head"]
+    hidden = 0
+    if head["kind"] == HeadKind.HIDDEN:
+        hidden = int(artifact.tensors[head_tensor_names(HeadKind.HIDDEN)[0]].shape[0])
+    stated = {
+        "readout": readout["kind"],
+        "read_layers": readout["layers"],
+        "num_queries": readout.get("num_queries"),
+        "hidden": hidden,
+        "activation": head.get("activation", "tanh"),
+    }
+    training = (manifest.get("training") or {}) | stated
+    changes = {"first_layer": 0, "num_virtual_tokens": 0, "prefixes": prefixes}
+    return Recipe.from_manifest(dict(manifest) | {"training": training}, **changes)
+
+
+def check_answers(artifact: Artifact, tables: Tables) -> None:
+    """Raise SettingsError where `tables` would make another task of it."""
+    manifest = artifact.manifest
+    if set(manifest["labels"]) != set(tables.labels):
+        differing = ", ".join(sorted(set(manifest["labels"]) ^ set(tables.labels))[:5])
+        raise SettingsError(
+            f"{tables.train.name} has not the labels of {manifest['task']} ({differing}): give the task's own data"
+        )
+    if manifest.get("input", InputKind.TEXT) != tables.train.input_kind:
+        raise SettingsError(
+            f"{tables.train.name} holds inputs of kind {tables.train.input_kind}, and {manifest['task']} reads "
+            f"{manifest.get('input', InputKind.TEXT)}: give the task's own data"
+        )
+
+
+def figures(
+    artifact: Artifact, tables: Tables, exact: Backbone, thresholds: Sequence[float] | None = None
+) -> dict[str, dict[str, float]]:
+    """What the engine measures on dev, and on test where there is one. `thresholds`: None: tuned on dev."""
+    tokenizer, labels = TextTokenizer(exact.path), artifact.manifest["labels"]
+    with evaluation.running(exact) as engine:
+        scored = {
+            name: evaluation.score(engine, tokenizer, artifact, table)
+            for name, table in tables.named.items()
+            if name != "train"
+        }
+    if thresholds is None:
+        thresholds = evaluation.tuned_thresholds(scored["dev"], labels)
+    return {name: evaluation.figures(found, labels, thresholds) for name, found in scored.items()}
