@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
 _TIMEOUT_S = 60.0
+_LEARNING = {  # command → its module in app.learning, and what it does
+    "learn": ("command", "train a task from a file of texts and labels"),
+    "combine": ("combine_command", "make a representation of several prefixes"),
+    "pack": ("pack_command", "propose a release in which many tasks cost about one pass"),
+    "compress": ("compress_command", "make a prefix shorter"),
+    "experiment": ("experiment_command", "compare combined prefixes with other ways, on data of yours"),
+}
 
 
 class _MisuseError(ManifoldError):
@@ -39,7 +47,7 @@ class _AnsweredError(ManifoldError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 where it failed, 2 where it was called wrongly."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(wants_learn=arguments[:1] == ["learn"]).parse_args(arguments)
+    options = _parser(arguments[0] if arguments else "").parse_args(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -61,15 +69,16 @@ def _settings(overrides: Mapping[str, object]) -> Settings:
         raise _MisuseError(str(error)) from error
 
 
-def _parser(wants_learn: bool) -> argparse.ArgumentParser:
+def _parser(wanted: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("manifold", description="One text in, every prediction out.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="run the server", formatter_class=_WideHelp))
     _add_predict(commands.add_parser("predict", help="ask a running server about texts"))
     _add_tasks(commands.add_parser("tasks", help="list what a running server can be asked"))
-    learn = commands.add_parser("learn", help="train a task from a file of texts and labels")
-    if wants_learn:
-        _add_learn(learn)
+    for name, (module, told) in _LEARNING.items():
+        command = commands.add_parser(name, help=told)
+        if name == wanted:  # the others would only make it start slowly
+            _add_learning(command, module)
     return parser
 
 
@@ -116,9 +125,8 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(settings)
 
 
-def _add_learn(parser: argparse.ArgumentParser) -> None:
-    from app.learning import command
-
+def _add_learning(parser: argparse.ArgumentParser, module: str) -> None:
+    command = import_module(f"app.learning.{module}")
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
 

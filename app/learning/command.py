@@ -90,7 +90,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_arguments(parser: argparse.ArgumentParser, default: Recipe) -> None:
     group = parser.add_argument_group("how it is trained")
-    for name in ("epochs", "patience", "batch_size", "seed"):
+    told = f"default {default.epochs}, more where rows are few"
+    group.add_argument("--epochs", type=int, metavar="N", help=told)
+    for name in ("patience", "batch_size", "seed"):
         group.add_argument(_flag(name), type=int, default=getattr(default, name), metavar="N", help=_DEFAULT)
     for name in _RATES:
         group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=_DEFAULT)
@@ -191,12 +193,15 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         baselines=args.baselines,
         full_finetune=args.full_finetune,
         golden=args.golden,
+        raise_epochs=args.epochs is None,
         command=shlex.join(["manifold", "learn", *_typed()]),
     )
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {name: getattr(args, name) for name in _RATES}
+    if args.epochs is not None:
+        given["epochs"] = args.epochs
     return Recipe(
         task=args.task,
         readout=None if args.readout is None else ReadoutKind(args.readout),
@@ -206,7 +211,6 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         first_layer=args.first_layer or 0,
         num_virtual_tokens=args.num_virtual_tokens or 0,
         prefixes=args.prefixes or (),
-        epochs=args.epochs,
         patience=args.patience,
         batch_size=args.batch_size,
         seed=args.seed,

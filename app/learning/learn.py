@@ -50,6 +50,7 @@ class Options:
     tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
     baselines: bool = False
     full_finetune: bool = False
+    raise_epochs: bool = False  # where rows are few, for enough steps
     golden: Path | None = None  # inputs for the golden examples; None: rows of dev
     command: str = ""  # as it was typed, for the report
 
@@ -95,7 +96,8 @@ def learn(
     noticed = findings(tables.named)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
-    recipe = with_enough_steps(recipe, len(tables.train.examples))
+    if options.raise_epochs:
+        recipe = with_enough_steps(recipe, len(tables.train.examples))
     if options.arrangements or options.compose:
         learned = _choose(recipe, study, options)
     else:
