@@ -1,0 +1,487 @@
+"""Which tasks read the bare trunk and which share a branch, so that many of them cost about one pass.
+
+Arrangements are measured on dev and searched greedily. Knows live artifacts, studies and what a plan costs; writes
+nothing but prefixes for its own use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from app.domain import BackboneSpec, Encoding, Prefix, ProblemType, ReadoutKind, TaskVersion
+from app.engine.artifact import Artifact, flatten_prefix, read_artifact
+from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
+from app.engine.backbone import Backbone
+from app.engine.engine import Engine
+from app.engine.plan import make_plan
+from app.engine.tokenizer import TextTokenizer
+from app.errors import DataError, ManifoldError, SettingsError
+from app.learning import evaluation, writer
+from app.learning.evaluation import Scored
+from app.learning.learn import with_enough_steps
+from app.learning.problems import MEASURES
+from app.learning.recipe import Recipe
+from app.learning.search import NUM_VIRTUAL_TOKENS, Arrangement, candidates, passes_of
+from app.learning.splits import findings, sampled_rows, subsample
+from app.learning.study import Files, Fitted, Study, Tables, Watcher
+from app.learning.trainer import Epoch
+
+NEAR = 1e-9  # of passes and scores: less is rounding
+_SEARCH_ROWS = 3000  # more are not needed to tell arrangements apart
+_SEARCH_DEV_ROWS = 1500
+_MIN_SHARED_FITS = 6
+_FREE = 1e-3  # passes that a move is taken to cost at least
+_ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for every text
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A task that takes part; of its recipe the readout and the prefixes are chosen here."""
+
+    recipe: Recipe
+    files: Files
+    problem_type: ProblemType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    tolerance: float = 0.005  # of dev score that a task may lose against its best arrangement
+    max_passes: float = 1.2  # of a request for all tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a tuple is made of: a prefix of a task's own, or all those of its live version."""
+
+    owner: str
+    path: Path
+    prefixes: tuple[Prefix, ...]
+    is_live: bool
+
+    @property
+    def first_layer(self) -> int:
+        return min(prefix.first_layer for prefix in self.prefixes)
+
+    def __str__(self) -> str:
+        whose = f"{self.owner}'s live" if self.is_live else f"{self.owner}'s"
+        return f"{whose} from layer {self.first_layer}"
+
+
+PrefixTuple = tuple[Source, ...]
+State = dict[str, PrefixTuple]  # task → what it reads
+TRUNK: PrefixTuple = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Live:
+    """A task as it is now."""
+
+    path: Path
+    version: TaskVersion
+    rows: int  # that it learned from
+    figures: dict[str, float]  # by table, on all its rows
+    dev: float  # on the search's dev rows
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A task, and what the search has measured of it."""
+
+    member: Member
+    tables: Tables
+    part: Tables  # the rows that the search uses
+    live: Live | None
+    recipe: Recipe  # on the bare trunk, completed by the search
+    sources: list[Source] = field(default_factory=list)
+    own: dict[Source, Recipe] = field(default_factory=dict)  # how each of its own prefixes is trained
+    scores: dict[PrefixTuple, float] = field(default_factory=dict)  # dev score by what is read
+
+    @property
+    def name(self) -> str:
+        return self.member.recipe.task
+
+    @property
+    def measure(self) -> str:
+        return MEASURES[self.tables.problem_type]
+
+    @property
+    def live_is_ahead(self) -> bool:
+        """The live version learned from more rows than the search has: their scores do not compare."""
+        return self.live is not None and self.live.rows > len(self.part.train.examples)
+
+    @property
+    def best(self) -> PrefixTuple:
+        return max(self.scores, key=lambda read: self.scores[read])
+
+    def shortfall(self, read: PrefixTuple, tolerance: float) -> float:
+        """What a measured arrangement lacks of the best one, beyond the tolerance."""
+        lost = self.scores[self.best] - tolerance - self.scores[read]
+        return lost if lost > NEAR else 0.0
+
+    def note(self, read: PrefixTuple, dev: float) -> None:
+        self.scores[read] = max(dev, self.scores.get(read, dev))
+
+    def version(self, read: PrefixTuple) -> TaskVersion:
+        """As a plan needs it."""
+        tables = self.tables
+        return TaskVersion(
+            task=self.name,
+            version=0,
+            digest=self.name,
+            problem_type=tables.problem_type,
+            labels=tables.labels,
+            readout=self.recipe.reads,
+            input_kind=tables.train.input_kind,
+            prefixes=prefixes_of(read),
+        )
+
+
+def check(members: Sequence[Member], limits: Limits, out: Path) -> None:
+    names = [member.recipe.task for member in members]
+    if not names:
+        raise SettingsError("there is no task to pack")
+    if len(set(names)) < len(names):
+        raise SettingsError(f"a task is named twice: {', '.join(sorted(n for n in names if names.count(n) > 1))}")
+    if not limits.max_passes >= 1:
+        raise SettingsError("--max-passes must be 1 or more: the bare trunk alone takes one pass")
+    if not 0 <= limits.tolerance < 1:
+        raise SettingsError("--tolerance must be in 0 … 100 points")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingsError(f"{out} exists and is not empty: name a new folder with --out")
+
+
+# -- the tasks as they are now -----------------------------------------------------------------------------------------
+
+
+def find_live(folder: Path, names: Sequence[str], spec: BackboneSpec) -> dict[str, tuple[Path, Artifact]]:
+    """The artifacts in `folder` by their task; of those that cannot be read, one that is asked for is an error."""
+    if not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder: name the folder of the live artifacts with --live")
+    found: dict[str, tuple[Path, Artifact]] = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        try:
+            artifact = read_artifact(path, spec)
+        except ManifoldError:
+            if path.name in names:
+                raise
+            continue
+        task = artifact.manifest["task"]
+        if task in found and task in names:
+            raise SettingsError(f"{found[task][0]} and {path} are both of task {task}: leave one of them in --live")
+        found[task] = path, artifact
+    return found
+
+
+def read_tasks(
+    members: Sequence[Member], live: Mapping[str, tuple[Path, Artifact]], exact: Backbone, watcher: Watcher
+) -> list[Task]:
+    names = [member.recipe.task for member in members]
+    left_out = sorted(set(live) - set(names))
+    if left_out:
+        watcher.notice([f"live tasks that take no part stay as they are: {', '.join(left_out)}"])
+    tasks = [_read_task(member, exact.spec) for member in members]
+    for task in tasks:
+        watcher.notice([f"{task.name}: {sentence}" for sentence in findings(task.tables.named).sentences()])
+    tokenizer = TextTokenizer(exact.path)
+    watcher.stage("live tasks", len(tasks))
+    with evaluation.running(exact) as engine:
+        for task in tasks:
+            if task.name in live:
+                task.live = _measure_live(task, *live[task.name], engine, tokenizer)
+            watcher.advance(1)
+    return tasks
+
+
+def _read_task(member: Member, spec: BackboneSpec) -> Task:
+    """Raises SettingsError too: better now than behind hours of other tasks' fits."""
+    seed = member.recipe.seed
+    try:
+        tables = Tables.read(member.files, member.problem_type, seed)
+    except DataError as error:
+        raise DataError(f"{member.recipe.task}: {error}") from error
+    train, dev = subsample(tables.train, _SEARCH_ROWS, seed), subsample(tables.dev, _SEARCH_DEV_ROWS, seed)
+    bare = replace(member.recipe, readout=None, num_virtual_tokens=0, first_layer=0, prefixes=())
+    recipe = with_enough_steps(bare, len(train.examples))
+    own = replace(recipe, num_virtual_tokens=_num_virtual_tokens(member))
+    own.completed(tables.problem_type, tables.num_outputs, spec)
+    return Task(member, tables, replace(tables, train=train, dev=dev), None, recipe)
+
+
+def _num_virtual_tokens(member: Member) -> int:
+    """Of a prefix of its own."""
+    return member.recipe.num_virtual_tokens or NUM_VIRTUAL_TOKENS
+
+
+def _measure_live(task: Task, path: Path, artifact: Artifact, engine: Engine, tokenizer: TextTokenizer) -> Live:
+    tables, version = task.tables, artifact.version(0)
+    is_same = version.problem_type is tables.problem_type and version.input_kind is tables.train.input_kind
+    if not is_same or set(version.labels) != set(tables.labels):
+        raise DataError(f"{path} answers with other labels than the files of {task.name} hold: give the files it is of")
+    figures: dict[str, float] = {}
+    dev = 0.0
+    for name, table in tables.named.items():
+        if name == "train":
+            continue
+        scored = evaluation.score(engine, tokenizer, artifact, table)
+        figures[name] = _figure(task, scored, version)
+        if name == "dev":
+            dev = _figure(task, _part(scored, task), version)
+    rows = artifact.manifest.get("data", {}).get("train", {}).get("rows", len(tables.train.examples))
+    return Live(path, version, rows, figures, dev)
+
+
+def _part(scored: Scored, task: Task) -> Scored:
+    """Of the dev rows that the search uses."""
+    rows = sampled_rows(scored.table, _SEARCH_DEV_ROWS, task.recipe.seed)
+    outputs = tuple(scored.outputs[row] for row in rows)
+    return Scored(task.part.dev, outputs, tuple(scored.encodings[row] for row in rows))
+
+
+def _figure(task: Task, scored: Scored, version: TaskVersion) -> float:
+    return evaluation.figures(scored, version.labels, version.thresholds).get(task.measure, 0.0)
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Search:
+    """Measures arrangements, and moves tasks until none lacks anything or nothing more can be afforded.
+
+    A move puts tasks that lack onto one tuple. Of all moves that `max_passes` allows, the one that removes most of
+    what is lacking for each extra pass is taken, again and again.
+    """
+
+    tasks: dict[str, Task]
+    backbone: Backbone
+    watcher: Watcher
+    limits: Limits
+    folder: Path  # for prefixes
+    fits: int = 0
+    fits_left: int = 0  # of tasks on tuples of others' prefixes
+
+    def run(self) -> list[tuple[str, State]]:
+        """Every state that the search went through, with what led to it."""
+        first_layers = self._first_layers()
+        self.fits_left = max(2 * len(self.tasks), _MIN_SHARED_FITS)
+        alone = sum(2 + len(first_layers) + task.live_is_ahead for task in self.tasks.values())
+        self.watcher.stage("fits at most", alone + self.fits_left)
+        for task in self.tasks.values():
+            self._measure_alone(task, first_layers)
+        states = [("all on the bare trunk", dict.fromkeys(self.tasks, TRUNK))]
+        while (move := self._next_move(states[-1][1])) is not None:
+            states.append(move)
+        return states
+
+    def passes(self, state: Mapping[str, PrefixTuple]) -> float:
+        return self.plan_passes(self.tasks[name].version(read) for name, read in state.items())
+
+    def plan_passes(self, versions: Iterable[TaskVersion]) -> float:
+        """Of one request for all of them."""
+        return make_plan(_ENCODING, list(versions), self.backbone.spec.num_layers).passes
+
+    def average(self, state: Mapping[str, PrefixTuple]) -> float:
+        return sum(self.tasks[name].scores[read] for name, read in state.items()) / len(state)
+
+    def lacking(self, state: Mapping[str, PrefixTuple]) -> list[Task]:
+        """What lacks most comes first."""
+        tasks = [self.tasks[name] for name, read in state.items() if self._shortfall(name, read)]
+        return sorted(tasks, key=lambda task: -self._shortfall(task.name, state[task.name]))
+
+    def _shortfall(self, name: str, read: PrefixTuple) -> float:
+        return self.tasks[name].shortfall(read, self.limits.tolerance)
+
+    def _total_shortfall(self, state: Mapping[str, PrefixTuple]) -> float:
+        return sum(self._shortfall(name, read) for name, read in state.items())
+
+    def _first_layers(self) -> list[int]:
+        """Of own prefixes, from the cheapest: the last few layers."""
+        top = self.backbone.spec.num_layers
+        return sorted({5 * top // 6, 2 * top // 3, top // 2}, reverse=True)
+
+    # -- one task alone
+
+    def _measure_alone(self, task: Task, first_layers: Sequence[int]) -> None:
+        """On the bare trunk, with a prefix of its own, and beside what it reads now."""
+        study = self._study(task)
+        bare = candidates(task.recipe, study, (Arrangement.TRUNK,), ())
+        recipes: dict[Recipe, str] = {}  # few layers make both the same
+        for candidate in bare:
+            if candidate.recipe.readout is not ReadoutKind.MEAN:
+                recipes.setdefault(candidate.recipe, candidate.name)
+        study.prepare(recipes)
+        fits = [self._fit(task, study, recipe, name) for recipe, name in recipes.items()]
+        fitted = max(fits, key=lambda fitted: fitted.best.dev)
+        task.recipe = fitted.recipe
+        task.note(TRUNK, fitted.best.dev)
+        count = _num_virtual_tokens(task.member)
+        for first_layer in first_layers:
+            if first_layer < task.recipe.read_layers[-1]:
+                own = replace(task.recipe, num_virtual_tokens=count, first_layer=first_layer)
+                self._measure_own(task, study, study.completed(own))
+        if task.live is not None:
+            self._compare_live(task, task.live, study)
+
+    def _measure_own(self, task: Task, study: Study, recipe: Recipe) -> None:
+        fitted = self._fit(task, study, recipe, f"own prefix from layer {recipe.first_layer}")
+        path = self.folder / f"{task.name}-{recipe.first_layer}"
+        prefixes = _write_prefix(path, fitted, self.backbone.spec)
+        source = Source(task.name, path, prefixes, is_live=False)
+        task.sources.append(source)
+        task.own[source] = recipe
+        task.note((source,), fitted.best.dev)
+
+    def _compare_live(self, task: Task, live: Live, study: Study) -> None:
+        """Where it learned from more rows, its prefixes get a new readout from the search's."""
+        read = TRUNK
+        if live.version.prefixes:
+            source = Source(task.name, live.path, live.version.prefixes, is_live=True)
+            task.sources.append(source)
+            read = (source,)
+        if not task.live_is_ahead:
+            task.note(read, live.dev)
+        elif read:
+            self._measure(task, read, study)
+
+    # -- moves
+
+    def _next_move(self, state: State) -> tuple[str, State] | None:
+        lacking = self.lacking(state)
+        if not lacking:
+            return None
+        moves = list(self._moves(state, lacking))  # measured by now, which may have found a better best
+        before, passes = self._total_shortfall(state), self.passes(state)
+
+        def worth(move: tuple[str, State]) -> tuple[float, float]:
+            gain = before - self._total_shortfall(move[1])
+            return gain / max(self.passes(move[1]) - passes, _FREE), self.average(move[1])
+
+        useful = [m for m in moves if self._is_affordable(m[1]) and before - self._total_shortfall(m[1]) > NEAR]
+        return max(useful, key=worth, default=None)
+
+    def _is_affordable(self, state: Mapping[str, PrefixTuple]) -> bool:
+        return self.passes(state) <= self.limits.max_passes + NEAR
+
+    def _moves(self, state: State, lacking: Sequence[Task]) -> Iterator[tuple[str, State]]:
+        """What is likeliest to help comes first: the number of fits is bounded."""
+        in_use = list(dict.fromkeys(read for read in state.values() if read))
+        for read in in_use:
+            yield from self._move(state, read, (), lacking)
+        for read in _new_tuples(lacking, self._first_layers()):
+            # Others join a prefix of the task that lacks most; any other task at first reads its own alone.
+            joining = lacking if read[0].owner == lacking[0].name or len(read) > 1 else []
+            owners = [task for task in lacking if any(source.owner == task.name for source in read)]
+            yield from self._move(state, read, (), joining or owners)
+        for read in in_use:
+            members = [self.tasks[name] for name in state if state[name] == read]
+            for source in sorted(lacking[0].sources, key=lambda source: -source.first_layer):
+                if not _shares(read, source):
+                    yield from self._move(state, (*read, source), members, lacking)
+
+    def _move(
+        self, state: State, read: PrefixTuple, members: Sequence[Task], lacking: Sequence[Task]
+    ) -> Iterator[tuple[str, State]]:
+        """Onto `read`: all `members`, and of those that lack whom it helps."""
+        carried = {task.name: read for task in members}
+        others = [task for task in lacking if task.name not in carried]
+        if not self._is_affordable(state | carried | {task.name: read for task in others}):
+            return
+        if not all(self._measure(task, read) for task in members):
+            return
+        helped = [t for t in others if self._measure(t, read) and t.scores[read] > t.scores[state[t.name]]]
+        names = [task.name for task in (*members, *helped)]
+        if names:
+            yield f"{', '.join(names)} on {named(read)}", state | dict.fromkeys(names, read)
+
+    # -- fits
+
+    def _measure(self, task: Task, read: PrefixTuple, study: Study | None = None) -> bool:
+        """Whether the task's score on this tuple is known, now if not before."""
+        if read in task.scores:
+            return True
+        if study is None:
+            if not self.fits_left:
+                return False
+            self.fits_left -= 1
+            study = self._study(task)
+        recipe = replace(task.recipe, prefixes=tuple(source.path for source in read))
+        task.note(read, self._fit(task, study, study.completed(recipe), named(read)).best.dev)
+        return True
+
+    def _fit(self, task: Task, study: Study, recipe: Recipe, name: str) -> Fitted:
+        fitted = study.fit(recipe, lambda *_: None)
+        if fitted.was_interrupted:
+            raise KeyboardInterrupt
+        self.fits += 1
+        passes = passes_of(recipe, self.backbone.spec)
+        self.watcher.candidate(f"{task.name}: {name}", passes, fitted.best.dev, fitted.seconds)
+        return fitted
+
+    def _study(self, task: Task) -> Study:
+        """A new one each time: the states of all tasks would not fit into memory."""
+        return Study(task.part, self.backbone, TextTokenizer(self.backbone.path), Quiet())
+
+
+def _new_tuples(lacking: Sequence[Task], first_layers: Sequence[int]) -> Iterator[PrefixTuple]:
+    """From the latest fork: the lacking tasks' prefixes combined, and each alone; then what is live, each alone."""
+    for first_layer in first_layers:
+        own = [s for task in lacking for s in task.sources if not s.is_live and s.first_layer == first_layer]
+        if len(own) > 1:
+            yield tuple(own)
+        yield from ((source,) for source in own)
+    yield from ((source,) for task in lacking for source in task.sources if source.is_live)
+
+
+def _shares(read: PrefixTuple, source: Source) -> bool:
+    """Whether a prefix would stand in the tuple twice."""
+    return bool(set(prefixes_of(read)) & set(source.prefixes))
+
+
+def prefixes_of(read: PrefixTuple) -> tuple[Prefix, ...]:
+    return tuple(prefix for source in read for prefix in source.prefixes)
+
+
+def named(read: PrefixTuple) -> str:
+    return " + ".join(map(str, read)) or "the bare trunk"
+
+
+def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> tuple[Prefix, ...]:
+    """A trained prefix alone, as a representation that others can read."""
+    recipe, prefix = fitted.recipe, fitted.model.prefix
+    assert prefix is not None
+    flat = flatten_prefix(prefix.detach().cpu()).to(writer.STORED)
+    entry = {
+        "digest": prefix_digest(flat, recipe.first_layer),
+        "num_virtual_tokens": recipe.num_virtual_tokens,
+        "first_layer": recipe.first_layer,
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "task": recipe.task,
+        "problem_type": ProblemType.EMBEDDING,
+        "labels": [],
+        "readout": {"kind": ReadoutKind.MEAN, "layers": [spec.num_layers]},
+        "prefixes": [entry],
+        "position_offset": fitted.position_offset,
+        "backbone": {"fingerprint": spec.fingerprint},
+    }
+    path.mkdir()
+    writer.write_tensors(path, {PROMPT: flat})
+    writer.write_manifest(path, manifest)
+    return read_artifact(path, spec).version(0).prefixes
+
+
+class Quiet:
+    """Hears nothing: the stages and epochs of so many fits would drown the rest."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
+
+    def notice(self, sentences: Sequence[str]) -> None: ...

@@ -1,0 +1,111 @@
+"""`manifold pack`: many tasks for about one pass. Knows the command line and the screen."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from app.domain import ProblemType
+from app.errors import SettingsError
+from app.learning import command, jobs
+from app.learning.pack import Limits, Member
+from app.learning.release import conclusions, cost, curve_rows, propose, task_rows
+from app.learning.study import Files
+from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
+
+_DESCRIPTION = """Propose a release in which many tasks cost about one pass.
+
+Each task reads the bare trunk, or shares a branch with others, whichever is the cheapest within the tolerance of the
+best arrangement that is found for it. Nothing is published: the new versions are written to a folder."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = Limits()
+    parser.description = _DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the tasks, as for manifold learn")
+    parser.add_argument("--live", type=Path, required=True, metavar="DIR", help="artifacts of the tasks as they are")
+    parser.add_argument("--tasks", type=_names, metavar="NAME,NAME", help="default: all of the file")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=100 * default.tolerance,
+        metavar="X",
+        help="points of dev score that a task may lose against its best arrangement; default %(default)s",
+    )
+    parser.add_argument(
+        "--max-passes",
+        type=float,
+        default=default.max_passes,
+        metavar="X",
+        help="of a request for all tasks; default %(default)s",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the release")
+    add_machine_arguments(parser)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 with one sentence on stderr; 130 where it was interrupted."""
+    return guarded("pack", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    members = _members(args.config, args.tasks)
+    limits = Limits(args.tolerance / 100, args.max_passes)
+    console = Console()
+    with Screen(console) as screen:
+        release = propose(members, args.live, args.out, backbones(args), screen, limits)
+    _show(release, args.out, console)
+    return 0
+
+
+def _members(config: Path, names: Sequence[str] | None) -> list[Member]:
+    """The tasks of the file, or those named. Raises SettingsError."""
+    parser = argparse.ArgumentParser("manifold learn")
+    command.add_arguments(parser)
+    parsed = [parser.parse_args(job.arguments) for job in jobs.read_jobs(config, parser)]
+    known = {given.task: given for given in parsed}
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise SettingsError(f"{config.name} has no task {', '.join(unknown)}: it has {', '.join(known)}")
+    chosen = parsed if names is None else [known[name] for name in names]
+    return [
+        Member(
+            command.recipe_of(given),
+            Files(given.train, given.dev, given.test),
+            None if given.problem_type is None else ProblemType(given.problem_type),
+        )
+        for given in chosen
+    ]
+
+
+def _show(release: dict[str, Any], out: Path, console: Console) -> None:
+    for rows in (task_rows(release), curve_rows(release)):
+        heading, *rest = rows
+        table = Table(*heading)
+        for row in rest:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for sentence in (*cost(release), *conclusions(release), f"release: {out}"):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="manifold pack")
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""Packing on a tiny backbone: who needs a prefix shares a branch, and the release says what the engine then does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.domain import Encoding, TaskVersion
+from app.engine.artifact import Artifact, read_artifact
+from app.engine.backbone import Backbone
+from app.engine.plan import make_plan
+from app.engine.tokenizer import TextTokenizer
+from app.errors import DataError
+from app.learning import evaluation, pack_command
+from app.learning.data import read_table
+from app.learning.learn import Files, learn
+from app.learning.pack import Limits, Member
+from app.learning.recipe import Recipe
+from app.learning.release import propose
+from app.learning.trainer import Epoch
+from tests.learning import samples
+
+# A head that hardly learns: what it lacks, a prefix gives it.
+WEAK = {"hidden": 0, "learning_rate": 1e-4, "query_learning_rate": 1e-4, "prefix_learning_rate": 0.3, "dropout": 0.0}
+STRONG = {"hidden": 16, "learning_rate": 1e-2, "patience": 1}
+TOLERANCE = 0.05
+MAX_PASSES = 1.4  # one branch from layer 2 of 3 on
+
+
+class Silent:
+    """A watcher that may interrupt behind a fit."""
+
+    def __init__(self, interrupt_behind: str | None = None) -> None:
+        self._interrupt_behind = interrupt_behind
+        self.fits: list[str] = []
+        self.at_most = 0
+        self.noticed: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        if name == "fits at most":
+            self.at_most = total
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None:
+        self.fits.append(name)
+        if name == self._interrupt_behind:
+            raise KeyboardInterrupt
+
+    def notice(self, sentences: Sequence[str]) -> None:
+        self.noticed += sentences
+
+
+def recipe(task: str, **changes: Any) -> Recipe:
+    return Recipe(task, **({"epochs": 4, "batch_size": 4, "num_virtual_tokens": 8} | changes))
+
+
+def write_files(folder: Path, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Files:
+    """60 rows to train on, 40 for dev, 40 for test."""
+    parts = {"train": rows[:60], "dev": rows[60:100], "test": rows[100:]}
+    return Files(
+        *(samples.write_rows(folder / f"{name}-{part}.tsv", header, part_rows) for part, part_rows in parts.items())
+    )
+
+
+def plain_files(folder: Path) -> Files:
+    return write_files(folder, "plain", ("text", "label"), samples.single_rows(random.Random(0), 140))
+
+
+def mood_files(folder: Path) -> Files:
+    return write_files(folder, "mood", ("text", "score"), samples.regression_rows(random.Random(1), 140))
+
+
+def twin_files(folder: Path) -> Files:
+    """Of pairs, the words of one mood in two texts."""
+    rows = [(*_halves(text), score) for text, score in samples.regression_rows(random.Random(2), 140)]
+    return write_files(folder, "twin", ("text_a", "text_b", "score"), rows)
+
+
+def _halves(text: str) -> tuple[str, str]:
+    words = text.split()
+    return " ".join(words[:2]), " ".join(words[2:])
+
+
+@dataclass(frozen=True)
+class Packed:
+    folder: Path
+    live: Path
+    files: dict[str, Files]
+    release: dict[str, Any]
+    watcher: Silent
+
+    def artifact(self, backbone: Backbone, task: str) -> Artifact:
+        """As it would be live after the release."""
+        is_new = self.release["tasks"][task]["is_new"]
+        return read_artifact((self.folder if is_new else self.live) / task, backbone.spec)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_trainings() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.learning.learn._LEAST_STEPS", 75)
+        yield
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, short_trainings: None) -> Packed:
+    """Live are `plain` on the bare trunk and `mood` with a prefix from layer 0; `twin` is new."""
+    root = tmp_path_factory.mktemp("pack")
+    files = {"plain": plain_files(root), "mood": mood_files(root), "twin": twin_files(root)}
+    members = [Member(recipe(name, **(STRONG if name == "plain" else WEAK)), given) for name, given in files.items()]
+    both = backbone, backbone
+    learn(
+        recipe("plain", **STRONG | {"num_virtual_tokens": 0}), files["plain"], root / "live" / "plain", both, Silent()
+    )
+    learn(recipe("mood", **WEAK, first_layer=0), files["mood"], root / "live" / "mood", both, Silent())
+    watcher = Silent()
+    release = propose(members, root / "live", root / "out", both, watcher, Limits(TOLERANCE, MAX_PASSES))
+    return Packed(root / "out", root / "live", files, release, watcher)
+
+
+def passes(versions: Sequence[TaskVersion], backbone: Backbone) -> float:
+    return make_plan(Encoding((1, 2, 3), (0, 0, 0)), versions, backbone.spec.num_layers).passes
+
+
+def test_tasks_that_lack_share_a_branch(packed: Packed, backbone: Backbone) -> None:
+    plain, mood, twin = (packed.artifact(backbone, name).version(0) for name in ("plain", "mood", "twin"))
+    assert not plain.prefixes and mood.prefixes
+    assert mood.prefixes == twin.prefixes
+    (group,) = packed.release["groups"]
+    assert group["tasks"] == ["mood", "twin"]
+    assert group["prefixes"] == [prefix.digest for prefix in mood.prefixes]
+
+
+def test_it_states_the_passes_of_the_plan(packed: Packed, backbone: Backbone) -> None:
+    live = [read_artifact(packed.live / name, backbone.spec).version(0) for name in ("plain", "mood")]
+    after = [packed.artifact(backbone, name).version(0) for name in ("plain", "mood", "twin")]
+    stated = packed.release["passes"]
+    assert stated["before"] == pytest.approx(passes(live, backbone), abs=1e-4) == 2.0
+    assert stated["after"] == pytest.approx(passes(after, backbone), abs=1e-4)
+    assert stated["after"] <= MAX_PASSES
+    by_input = packed.release["passes_by_input"]
+    assert by_input["text"]["after"] == pytest.approx(passes(after[:2], backbone), abs=1e-4)
+    assert by_input["pair"] == {"before": None, "after": 1.0}
+
+
+def test_the_engine_scores_as_the_release_states(packed: Packed, backbone: Backbone) -> None:
+    tokenizer = TextTokenizer(backbone.path)
+    with evaluation.running(backbone) as engine:
+        for name, task in packed.release["tasks"].items():
+            artifact = packed.artifact(backbone, name)
+            assert artifact.digest == task["digest"]
+            for split in ("dev", "test"):
+                scored = evaluation.score(engine, tokenizer, artifact, read_table(getattr(packed.files[name], split)))
+                figures = evaluation.figures(scored, artifact.manifest["labels"], artifact.manifest["thresholds"])
+                assert task["after"][split] == figures[task["measure"]]
+
+
+def test_no_task_loses_more_than_the_tolerance(packed: Packed) -> None:
+    assert packed.release["lacking"] == [] == packed.release["worse"]
+    for task in packed.release["tasks"].values():
+        assert task["search"]["dev"] >= task["search"]["best"] - TOLERANCE
+        assert task["after"]["dev"] == pytest.approx(task["search"]["dev"], abs=0.01)
+    assert (
+        packed.release["tasks"]["mood"]["search"]["trunk"]
+        < packed.release["tasks"]["mood"]["search"]["best"] - 2 * TOLERANCE
+    )
+
+
+def test_a_task_that_stays_gets_no_new_version(packed: Packed) -> None:
+    plain = packed.release["tasks"]["plain"]
+    assert plain["before"] == plain["after"] and not plain["is_new"]
+    found = sorted(path.name for path in packed.folder.iterdir())
+    assert found == ["RELEASE.md", "mood", "release.json", "twin"]
+    assert (packed.folder / "mood" / "report.html").is_file()
+
+
+def test_its_files_say_what_it_returns(packed: Packed) -> None:
+    assert json.loads((packed.folder / "release.json").read_text()) == packed.release
+    text = (packed.folder / "RELEASE.md").read_text()
+    assert "Passes for all tasks: 2.00 → 1.33 (at most 1.4)." in text
+    assert "text 2.00 → 1.33, pair 1.00" in text
+    assert "| plain | as it is | accuracy |" in text
+    assert "Every task is within 5 points of its best arrangement." in text
+
+
+def test_the_curve_rises_with_the_passes(packed: Packed) -> None:
+    curve = packed.release["curve"]
+    assert [point["state"] for point in (curve[0], curve[-1])] == ["all on the bare trunk", "each at its best"]
+    assert [point["passes"] for point in curve[:-1]] == [1.0, 1.3333]
+    assert curve[0]["dev"] < curve[1]["dev"] <= curve[-1]["dev"]
+
+
+def test_the_number_of_fits_is_told_and_held(packed: Packed) -> None:
+    assert packed.release["fits"] == len(packed.watcher.fits) <= packed.watcher.at_most
+    assert packed.watcher.at_most <= 8 * 3
+
+
+# -- what cannot be had ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_lacking_is_said(packed: Packed, tmp_path: Path, backbone: Backbone) -> None:
+    members = [
+        Member(recipe("plain", **STRONG), packed.files["plain"]),
+        Member(recipe("mood", **WEAK), packed.files["mood"]),
+    ]
+    release = propose(members, packed.live, tmp_path / "out", (backbone, backbone), Silent(), Limits(TOLERANCE, 1.0))
+    (lacking,) = release["lacking"]
+    assert lacking["task"] == "mood" and lacking["best_reads"].startswith("mood's ")
+    assert lacking["best"] - TOLERANCE - lacking["dev"] == pytest.approx(lacking["short_by"], abs=1e-4)
+    assert release["worse"] == ["mood"]
+    assert release["passes"] == {"before": 2.0, "after": 1.0}
+    assert "mood is lacking: " in (tmp_path / "out" / "RELEASE.md").read_text()
+
+
+def test_a_large_task_is_searched_on_a_part_and_learned_on_all(
+    packed: Packed, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.learning.pack._SEARCH_ROWS", 40)
+    monkeypatch.setattr("app.learning.pack._SEARCH_DEV_ROWS", 20)
+    watcher = Silent()
+    members = [Member(recipe(name, **WEAK), packed.files[name]) for name in ("mood", "twin")]
+    release = propose(members, packed.live, tmp_path / "out", (backbone, backbone), watcher, Limits(TOLERANCE))
+    for task in release["tasks"].values():
+        assert (task["search"]["train_rows"], task["search"]["dev_rows"]) == (40, 20)
+    assert "mood: mood's live from layer 0" in watcher.fits
+    assert "live tasks that take no part stay as they are: plain" in watcher.noticed
+    assert release["passes"]["after"] == 1.0  # nothing reads the trunk above the fork of the branch that both read
+    assert release["tasks"]["twin"]["is_new"]
+    assert read_artifact(tmp_path / "out" / "twin", backbone.spec).manifest["data"]["train"]["rows"] == 60
+
+
+def test_files_of_another_task_are_refused(packed: Packed, tmp_path: Path, backbone: Backbone) -> None:
+    member = Member(recipe("mood"), packed.files["plain"])
+    with pytest.raises(DataError, match="give the files it is of"):
+        propose([member], packed.live, tmp_path / "out", (backbone, backbone), Silent())
+
+
+def test_an_interrupt_leaves_nothing(packed: Packed, tmp_path: Path, backbone: Backbone) -> None:
+    (tmp_path / "place").mkdir()
+    watcher = Silent("mood: own prefix from layer 1")
+    member = Member(recipe("mood", **WEAK), packed.files["mood"])
+    with pytest.raises(KeyboardInterrupt):
+        propose([member], packed.live, tmp_path / "place" / "out", (backbone, backbone), watcher)
+    assert not list((tmp_path / "place").iterdir())
+
+
+# -- as it is typed ----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    pack_command.add_arguments(parser)
+    return pack_command.run(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, model_path: Path) -> list[str]:
+    files = plain_files(tmp_path)
+    assert files.test is not None
+    (tmp_path / "tasks.toml").write_text(
+        "[defaults]\nepochs = 3\nbatch_size = 4\nhidden = 8\nnum_virtual_tokens = 4\n"
+        f'[tasks.plain]\ntrain = "{files.train.name}"\ntest = "{files.test.name}"\n'
+        f'[tasks.other]\ntrain = "{files.train.name}"\n'
+    )
+    (tmp_path / "live").mkdir()
+    given = {"config": tmp_path / "tasks.toml", "live": tmp_path / "live", "out": tmp_path / "out", "model": model_path}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))] + ["--dtype", "float32"]
+
+
+def test_it_packs_a_task_without_dev_file(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--tasks", "plain", "--tolerance", "100") == 1
+    assert "--tolerance must be" in capsys.readouterr().err
+    assert run(*arguments, "--tasks", "plain", "--tolerance", "50") == 0
+    shown = capsys.readouterr().out
+    assert "plain: bare trunk, attention" in shown
+    assert "Passes for all tasks: 1.00 (at most 1.2)." in shown
+    manifest = json.loads((tmp_path / "out" / "plain" / "manifest.json").read_text())
+    assert manifest["data"]["dev"]["rows"] == 6 and manifest["readout"]["kind"] == "attention"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("--tasks", "plain,nobody"), "tasks.toml has no task nobody: it has plain, other"),
+        (("--max-passes", "0.9"), "--max-passes must be 1 or more: the bare trunk alone takes one pass"),
+        (("--live", "nowhere"), "nowhere is not a folder: name the folder of the live artifacts with --live"),
+        (("--out", "."), ". exists and is not empty: name a new folder with --out"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], given: Sequence[str], sentence: str
+) -> None:
+    assert run(*arguments, *given) == 1
+    assert capsys.readouterr().err == f"manifold pack: {sentence}\n"
+
+
+def test_an_interrupted_training_writes_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("app.learning.study.train", interrupted)
+    assert run(*arguments) == 130
+    assert capsys.readouterr().err == "manifold pack: interrupted, nothing was written\n"
+    assert sorted(tmp_path.iterdir()) == before
