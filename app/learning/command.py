@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from app.domain import BackboneSpec, ProblemType, ReadoutKind
+from app.engine.artifact import TENSORS
 from app.errors import SettingsError
 from app.learning import jobs
 from app.learning.compose import usable
 from app.learning.learn import Files, Options, learn
 from app.learning.recipe import Recipe
+from app.learning.reporting import REPORT
 from app.learning.search import Arrangement
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
 
@@ -221,13 +223,20 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 def _show(manifest: dict[str, Any], out: Path) -> None:
     console = Console()
     measured = {name: figures for name, figures in manifest["evaluation"].items() if isinstance(figures, dict)}
-    names = list(dict.fromkeys(name for figures in measured.values() for name in figures))
+    last = "test" if "test" in measured else "dev"
+    rows = dict(measured)
+    for name, figures in manifest["baselines"].items():
+        rows[f"{last}, {name}"] = figures.get(last, {})
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     grid = Grid("", *names)
-    for split, figures in measured.items():
-        grid.add_row(split, *(_shown(name, figures.get(name)) for name in names))
+    for title, figures in rows.items():
+        grid.add_row(title, *(_shown(name, figures.get(name)) for name in names))
     console.print(grid)
-    size_kb = sum(file.stat().st_size for file in out.iterdir()) / 1000
-    console.print(f"{manifest['task']}: {out} ({size_kb:.0f} kB)", soft_wrap=True)
+    size_kb = (out / TENSORS).stat().st_size / 1000
+    cost = f"{manifest['cost']['passes']:.2f} passes beside tasks on the bare trunk"
+    console.print(f"{manifest['task']}: {out} ({size_kb:.0f} kB, {cost})", soft_wrap=True)
+    console.print(f"report: {out / REPORT}", soft_wrap=True)
+    console.print(f"serve it: manifold serve --prefixes {out.absolute().parent}", soft_wrap=True)
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -77,7 +77,8 @@ class Screen:
         self.advance(1)
 
     def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None:
-        self._console.print(f"{passes:.2f} passes  dev {dev:.4f}  {seconds:5.0f} s  {name}", markup=False)
+        line = f"{passes:.2f} passes  dev {dev:.4f}  {seconds:5.0f} s  {name}"
+        self._console.print(line, markup=False, soft_wrap=True)
         self.advance(1)
 
     def notice(self, sentences: Sequence[str]) -> None:
