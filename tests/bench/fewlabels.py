@@ -102,7 +102,7 @@ def main() -> int:
 {datetime.now(UTC):%Y-%m-%d}, {describe(args.threads)}. Written by `make bench-few-labels DATA=…`.
 
 Accuracy on up to {TEST_ROWS} test texts, mean and standard deviation over {args.seeds} seeds, each with other rows;
-{DEV_ROWS} rows choose the epoch and the composition. The pool is the prefixes that ship; none was trained on these sets.
+{DEV_ROWS} rows choose epoch and composition. The pool is the prefixes that ship; none was trained on these sets.
 
 {chr(10).join(lines)}
 """
