@@ -64,6 +64,7 @@ def _scored(readers: Readers, pieces: Sequence[Tensor]) -> list[_Scored]:
     try:
         return _together(readers, features)
     except Exception:  # one of them: the others must not fail with it
+        log.warning("heads of one shape failed together, and are computed one by one", exc_info=True)
         return _one_by_one(readers, lambda position: _score(readers, position, features))
 
 

@@ -185,7 +185,9 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         raise SettingsError("--auto and --compose choose what --readout, --prefixes and the like give: leave one out")
     is_search = args.auto is not False and not given and not args.compose
     needs_pool = args.compose or (is_search and Arrangement.COMBINATION in args.candidates)
-    pool = args.pool if args.pool is not None else tuple(usable(_SHIPPED_PREFIXES, spec)) if needs_pool else ()
+    pool = (
+        args.pool if args.pool is not None else tuple(usable(_SHIPPED_PREFIXES, spec, args.task)) if needs_pool else ()
+    )
     return Options(
         problem_type=None if args.problem_type is None else ProblemType(args.problem_type),
         arrangements=args.candidates if is_search else (),
@@ -196,8 +198,16 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         full_finetune=args.full_finetune,
         golden=args.golden,
         raise_epochs=args.epochs is None,
+        given=frozenset(_given(args)),
         command=shlex.join(["manifold", "learn", *_typed()]),
     )
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """Choices of the recipe that stand on the command line and that a search must leave alone."""
+    plain = vars(_parser().parse_args([]))
+    names = (*_RATES, "hidden", "num_queries")
+    return [name for name in names if getattr(args, name) != plain[name]]
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

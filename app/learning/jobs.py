@@ -32,7 +32,7 @@ from app.errors import SettingsError
 
 # `env`, because OpenMP reads the policy when it is loaded: waiting threads of several processes must not spin.
 _CHILD = ("env", "OMP_WAIT_POLICY=PASSIVE", sys.executable, "-u", "-m", "app.learning.command")
-_GRACE_S = 10.0  # from SIGINT to SIGKILL
+_GRACE_S = 120.0  # from SIGINT to SIGKILL: a child still measures and writes its best so far
 _CHUNK_BYTES = 1 << 16
 _INTERRUPTED = 130
 _NOT_OF_A_TASK = {"help", "config", "jobs"}

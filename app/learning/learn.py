@@ -19,15 +19,16 @@ from app.engine.backbone import Backbone
 from app.engine.golden import check_golden
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
-from app.errors import ArtifactError
+from app.errors import ArtifactError, DataError, SettingsError, TokenizationError
 from app.learning import evaluation, reporting, writer
+from app.learning.baselines import Baseline
 from app.learning.calibration import fit_temperature
 from app.learning.compose import compose
 from app.learning.data import read_inputs
 from app.learning.evaluation import Scored
 from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
-from app.learning.search import Arrangement, Candidate, Found, candidates, passes_of, refinements, search
+from app.learning.search import Arrangement, Candidate, Found, Point, candidates, passes_of, refinements, search
 from app.learning.splits import findings, subsample
 from app.learning.study import Files, Fitted, Study, Tables, Watcher
 
@@ -45,6 +46,7 @@ class Options:
 
     problem_type: ProblemType | None = None  # where the columns do not say it
     arrangements: tuple[Arrangement, ...] = ()  # to choose from; none: the recipe as it is
+    given: frozenset[str] = frozenset()  # fields of the recipe that a search must leave as they are
     pool: tuple[Path, ...] = ()  # artifacts whose prefixes may be combined
     compose: bool = False  # choose among tuples of the pool's prefixes instead
     tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
@@ -65,6 +67,7 @@ class Learned:
     prefixes: list[dict[str, object]]
     temperature: float
     found: Found | None  # the search that chose it
+    was_interrupted: bool  # by the user; this is the best until then
 
     @property
     def recipe(self) -> Recipe:
@@ -88,6 +91,8 @@ def learn(
     Returns the manifest. Raises a ManifoldError; whatever happens, `out` is never half written.
     """
     options = options or Options()
+    if not options.tolerance >= 0:
+        raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
     writer.check_out(out.absolute())
     backbone, exact = backbones
     tables = Tables.read(files, options.problem_type, recipe.seed)
@@ -96,6 +101,7 @@ def learn(
     noticed = findings(tables.named)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
+    _check_readable(study, golden, options.golden)
     if options.raise_epochs:
         recipe = with_enough_steps(recipe, len(tables.train.examples))
     if options.arrangements or options.compose:
@@ -104,15 +110,34 @@ def learn(
         study.prepare([completed := study.completed(recipe)])
         watcher.stage("training", recipe.epochs)
         learned = _finish(study, study.fit(completed))
-    baselines = reporting.baselines(study, options.full_finetune) if options.baselines else {}
+    baselines: dict[str, Baseline] = {}
+    if options.baselines and not learned.was_interrupted:
+        try:
+            baselines = reporting.baselines(study, options.full_finetune)
+        except KeyboardInterrupt:
+            learned = replace(learned, was_interrupted=True)
     with writer.new_folder(out) as folder:
         manifest, scored = _write(folder, learned, exact, watcher, baselines, golden)
         reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
     return manifest
 
 
+def _check_readable(study: Study, golden: list[TextInput], name: Path | None) -> None:
+    """Raise DataError for a text that the model cannot read, before anything is trained."""
+    for table in study.tables.named:
+        study.texts(table)
+    limit = study.backbone.spec.max_tokens
+    try:
+        study.tokenizer.encode(golden, [limit] * len(golden), truncate=True)
+    except TokenizationError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
 def _choose(recipe: Recipe, study: Study, options: Options) -> Learned:
-    """Search on at most _SEARCH_ROWS rows; what is chosen is then trained on all of them."""
+    """Search on at most _SEARCH_ROWS rows; what is chosen is then trained on all of them.
+
+    A user's interrupt ends all of it, with the best that is there.
+    """
     tables, watcher = study.tables, study.watcher
     part = study
     if len(tables.train.examples) > _SEARCH_ROWS or len(tables.dev.examples) > _SEARCH_DEV_ROWS:
@@ -123,17 +148,20 @@ def _choose(recipe: Recipe, study: Study, options: Options) -> Learned:
         watcher.stage("compositions", 0)
         found = compose(part, recipe, options.pool, options.tolerance, watcher.candidate)
     else:
-        tried = candidates(recipe, part, options.arrangements, options.pool)
+        tried = candidates(recipe, part, options.arrangements, options.pool, options.given)
         watcher.stage("arrangements", len(tried))
         found = search(part, tried, options.tolerance, watcher.candidate)
-    if not found.fitted.was_interrupted:
-        found = _refine(part, found, watcher)
-    if part is study or found.fitted.was_interrupted:
+    if not found.was_interrupted:
+        found = _refine(part, found, options, watcher)
+    if part is study or found.was_interrupted:
         return _finish(part, found.fitted, found)
     recipe = replace(found.candidate.recipe, epochs=recipe.epochs)
-    study.prepare([recipe])
-    watcher.stage("training on all rows", recipe.epochs)
-    return _finish(study, study.fit(recipe), found)
+    try:
+        study.prepare([recipe])
+        watcher.stage("training on all rows", recipe.epochs)
+        return _finish(study, study.fit(recipe), found)
+    except KeyboardInterrupt:
+        return _finish(part, found.fitted, replace(found, was_interrupted=True))
 
 
 def with_enough_steps(recipe: Recipe, rows: int) -> Recipe:
@@ -144,15 +172,22 @@ def with_enough_steps(recipe: Recipe, rows: int) -> Recipe:
     return replace(recipe, epochs=epochs, patience=recipe.patience * -(-epochs // recipe.epochs))
 
 
-def _refine(study: Study, found: Found, watcher: Watcher) -> Found:
+def _refine(study: Study, found: Found, options: Options, watcher: Watcher) -> Found:
     """The chosen arrangement with other rates and sizes; the best on dev is kept."""
     chosen = found.candidate
-    others = [Candidate(name, recipe, chosen.passes) for name, recipe in refinements(chosen)]
-    watcher.stage("settings", len(others))
-    tried = search(study, others, 0.0, watcher.candidate)
-    if tried.fitted.best.dev <= found.fitted.best.dev:
+    others = [Candidate(name, recipe, chosen.passes) for name, recipe in refinements(chosen, options.given)]
+    if not others:
         return found
-    return Found(tried.fitted, tried.candidate, (*(replace(p, chosen=False) for p in found.points), *tried.points))
+    watcher.stage("settings", len(others))
+    try:
+        tried = search(study, others, 0.0, watcher.candidate)
+    except KeyboardInterrupt:
+        return replace(found, was_interrupted=True)
+    if tried.fitted.best.dev <= found.fitted.best.dev:
+        rest = (replace(point, chosen=False) for point in tried.points)
+        return replace(found, points=(*found.points, *rest), was_interrupted=tried.was_interrupted)
+    before = (replace(point, chosen=False) for point in found.points)
+    return replace(tried, points=(*before, *tried.points))
 
 
 def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned:
@@ -164,7 +199,8 @@ def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned
     if kind is ProblemType.REGRESSION:
         _fold(tensors, fitted.recipe, study.scaling)
     prefixes = _add_prefixes(tensors, fitted)
-    return Learned(study, fitted, tensors, prefixes, temperature, found)
+    was_interrupted = fitted.was_interrupted or (found is not None and found.was_interrupted)
+    return Learned(study, fitted, tensors, prefixes, temperature, found, was_interrupted)
 
 
 def _scale_logits(tensors: dict[str, Tensor], recipe: Recipe, factor: float) -> None:
@@ -232,6 +268,7 @@ def _write(
             "thresholds": thresholds,
             "evaluation": {n: evaluation.figures(s, tables.labels, thresholds) for n, s in scored.items()}
             | {"measure": MEASURES[tables.problem_type]},
+            "details": {n: evaluation.details(s, tables.labels, thresholds) for n, s in scored.items()},
             "baselines": {name: baseline.figures for name, baseline in baselines.items()},
             "score_baseline": evaluation.score_baseline(scored["dev"], tables.labels),
             "golden": evaluation.golden_of(engine, tokenizer, artifact, golden)
@@ -261,8 +298,13 @@ def _story(
     )
 
 
+def _point(point: Point) -> dict[str, Any]:
+    """Without its seconds: the same seed writes the same manifest."""
+    return {"name": point.name, "passes": round(point.passes, 4), "dev": round(point.dev, 5), "chosen": point.chosen}
+
+
 def _check(difference: float | None, artifact: Artifact) -> None:
-    if difference is not None and difference > _MAX_GOLDEN_DIFFERENCE:
+    if difference is not None and not difference <= _MAX_GOLDEN_DIFFERENCE:
         raise ArtifactError(artifact.manifest["task"], [f"read back, its golden scores differ by {difference:.1e}"])
 
 
@@ -297,8 +339,9 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
         | {
             "best_epoch": learned.fitted.best.number,
             "temperature": round(learned.temperature, 4),
-            "interrupted": learned.fitted.was_interrupted,
+            "interrupted": learned.was_interrupted,
         },
+        "search": [] if learned.found is None else [_point(point) for point in learned.found.points],
         "data": {
             name: {"file": table.name, "sha256": table.sha256, "rows": len(table.examples)}
             for name, table in tables.named.items()

@@ -15,6 +15,7 @@ from app.engine.artifact import Artifact, flatten_prefix, read_artifact
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
+from app.engine.folder import list_artifacts
 from app.engine.plan import make_plan
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, ManifoldError, SettingsError
@@ -160,11 +161,12 @@ def find_live(folder: Path, names: Sequence[str], spec: BackboneSpec) -> dict[st
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder: name the folder of the live artifacts with --live")
     found: dict[str, tuple[Path, Artifact]] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+    newest = {place.path.relative_to(folder).parts[0]: place.path for place in list_artifacts(folder)}
+    for path in newest.values():
         try:
             artifact = read_artifact(path, spec)
         except ManifoldError:
-            if path.name in names:
+            if path.relative_to(folder).parts[0] in names:
                 raise
             continue
         task = artifact.manifest["task"]

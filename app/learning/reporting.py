@@ -20,7 +20,7 @@ from app.learning import evaluation
 from app.learning.baselines import Baseline, text_baselines
 from app.learning.data import Example
 from app.learning.evaluation import Scored
-from app.learning.figures import Floats
+from app.learning.figures import Bools, Floats
 from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logits
 from app.learning.recipe import Recipe
 from app.learning.report import render
@@ -75,6 +75,8 @@ def _linear(study: Study) -> Baseline:
         )
         for rate in (1e-3, 1e-2)
     ]
+    if any(fitted.was_interrupted for fitted in fits):
+        raise KeyboardInterrupt  # half a baseline is none
     best = max(fits, key=lambda fitted: fitted.best.dev)
     logits = {name: study.logits(best, name) for name in study.tables.named if name != "train"}
     return _measured(study, logits, sum(fitted.seconds for fitted in fits))
@@ -142,7 +144,7 @@ def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
         "tolerance": story.tolerance,
         "baselines": manifest["baselines"],
         "details": {"split": split} | evaluation.details(scored, labels, thresholds),
-        "mistakes": _mistakes(scored, labels),
+        "mistakes": _mistakes(scored, labels, thresholds),
         "epochs": [{"number": e.number, "loss": e.loss, "dev": e.dev} for e in story.fitted.epochs],
         "findings": list(story.findings),
         "data": manifest["data"],
@@ -152,8 +154,12 @@ def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
 
 
 def _seconds(story: Story) -> float:
-    searched = 0.0 if story.found is None else sum(point.seconds for point in story.found.points)
-    return max(story.fitted.seconds, searched)
+    """Of all fits: the search's, and the last one where it was not among them."""
+    found = story.found
+    if found is None:
+        return story.fitted.seconds
+    last = 0.0 if found.fitted is story.fitted else story.fitted.seconds
+    return last + sum(point.seconds for point in found.points)
 
 
 def _point(point: Any) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _point(point: Any) -> dict[str, Any]:
     }
 
 
-def _mistakes(scored: Scored, labels: Sequence[str]) -> list[dict[str, Any]]:
+def _mistakes(scored: Scored, labels: Sequence[str], thresholds: Sequence[float]) -> list[dict[str, Any]]:
     """Worst first: single label by the wrong label's score, multi-label and regression by the largest error."""
     match scored.table.problem_type:
         case ProblemType.SINGLE_LABEL:
@@ -178,14 +184,7 @@ def _mistakes(scored: Scored, labels: Sequence[str]) -> list[dict[str, Any]]:
                 for i in _worst(sureness)
             ]
         case ProblemType.MULTI_LABEL:
-            errors = np.abs(scored.scores - evaluation.gold_of(scored.table, labels))
-            worst = errors.argmax(axis=1)
-            return [
-                _mistake(
-                    e := scored.table.examples[i], " | ".join(e.labels), labels[worst[i]], scored.scores[i, worst[i]]
-                )
-                for i in _worst(errors.max(axis=1))
-            ]
+            return _mistaken_sets(scored, labels, thresholds)
         case ProblemType.REGRESSION:
             errors = np.abs(scored.scores[:, 0] - evaluation.gold_of(scored.table, labels))
             return [
@@ -194,6 +193,25 @@ def _mistakes(scored: Scored, labels: Sequence[str]) -> list[dict[str, Any]]:
             ]
         case _:
             return []
+
+
+def _mistaken_sets(scored: Scored, labels: Sequence[str], thresholds: Sequence[float]) -> list[dict[str, Any]]:
+    """By the label that was missed, or found, with the largest error; its score is shown."""
+    gold, found = evaluation.gold_of(scored.table, labels), scored.scores >= np.asarray(thresholds)
+    errors = np.where(found != gold, np.abs(scored.scores - gold), 0.0)
+    return [
+        _mistake(
+            scored.table.examples[i],
+            _joined(gold[i], labels),
+            _joined(found[i], labels),
+            scored.scores[i, errors[i].argmax()],
+        )
+        for i in _worst(errors.max(axis=1))
+    ]
+
+
+def _joined(chosen: Bools, labels: Sequence[str]) -> str:
+    return " | ".join(label for label, is_chosen in zip(labels, chosen, strict=True) if is_chosen) or "none"
 
 
 def _worst(sizes: Floats) -> list[int]:

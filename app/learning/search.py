@@ -5,12 +5,14 @@ Knows recipes and their cost; the study fits them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from app.domain import BackboneSpec, ProblemType, ReadoutKind
+from app.errors import SettingsError
 from app.learning.prepare import read_frozen
 from app.learning.recipe import Recipe
 from app.learning.study import Fitted, Study
@@ -52,6 +54,7 @@ class Found:
     fitted: Fitted
     candidate: Candidate
     points: tuple[Point, ...]
+    was_interrupted: bool = False  # the user ended the search; what is here is the best until then
 
 
 def passes_of(recipe: Recipe, spec: BackboneSpec) -> float:
@@ -65,26 +68,35 @@ def passes_of(recipe: Recipe, spec: BackboneSpec) -> float:
 
 
 def candidates(
-    base: Recipe, study: Study, arrangements: Sequence[Arrangement], pool: Sequence[Path]
+    base: Recipe,
+    study: Study,
+    arrangements: Sequence[Arrangement],
+    pool: Sequence[Path],
+    given: Collection[str] = (),
 ) -> list[Candidate]:
-    """From the cheapest up. `pool`: artifacts whose prefixes may be combined."""
+    """From the cheapest up. `pool`: artifacts whose prefixes may be combined; `given`: choices that must stay."""
     spec = study.backbone.spec
     found: list[Candidate] = []
-    for name, recipe in _recipes(base, study, arrangements, pool):
+    for name, recipe in _recipes(base, study, arrangements, pool, given):
         completed = study.completed(recipe)
         found.append(Candidate(name, completed, passes_of(completed, spec)))
     return sorted(found, key=lambda candidate: candidate.passes)
 
 
 def _recipes(
-    base: Recipe, study: Study, arrangements: Sequence[Arrangement], pool: Sequence[Path]
+    base: Recipe,
+    study: Study,
+    arrangements: Sequence[Arrangement],
+    pool: Sequence[Path],
+    given: Collection[str],
 ) -> Iterator[tuple[str, Recipe]]:
     top = study.backbone.spec.num_layers
     is_token = study.tables.problem_type is ProblemType.TOKEN
     readout = "tokens" if is_token else "attention"
     if Arrangement.TRUNK in arrangements:
-        if not is_token:
-            mean = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=5 * base.learning_rate)
+        if not is_token and not {"hidden", "num_queries"} & set(given):
+            rate = base.learning_rate * (1 if "learning_rate" in given else 5)
+            mean = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
             yield "bare trunk, mean, linear", mean
         yield f"bare trunk, {readout}", base
         yield f"bare trunk, {readout} of all layers", replace(base, read_layers=tuple(range(1, top + 1)))
@@ -101,48 +113,61 @@ def _own_prefix(base: Recipe, first_layer: int) -> Recipe:
     return replace(base, num_virtual_tokens=NUM_VIRTUAL_TOKENS, first_layer=first_layer)
 
 
-def refinements(chosen: Candidate) -> Iterator[tuple[str, Recipe]]:
-    """Other rates and sizes of one arrangement, one change at a time."""
+def refinements(chosen: Candidate, given: Collection[str] = ()) -> Iterator[tuple[str, Recipe]]:
+    """Other rates and sizes of one arrangement, one change at a time; what was given stays."""
     recipe = chosen.recipe
-    for factor in (1 / 3, 3):
-        yield f"{chosen.name}, rate × {factor:.2g}", replace(recipe, learning_rate=recipe.learning_rate * factor)
+    changes: list[tuple[str, str, Any]] = [
+        ("rate ÷ 3", "learning_rate", recipe.learning_rate / 3),
+        ("rate × 3", "learning_rate", recipe.learning_rate * 3),
+    ]
     if recipe.hidden:
-        yield f"{chosen.name}, dropout 0.1", replace(recipe, dropout=0.1)
+        changes.append(("dropout 0.1", "dropout", 0.1))
     if recipe.num_virtual_tokens:
-        rate = recipe.prefix_learning_rate
-        yield f"{chosen.name}, prefix rate × 3", replace(recipe, prefix_learning_rate=3 * rate)
         more = 2 * recipe.num_virtual_tokens
-        yield f"{chosen.name}, {more} virtual tokens", replace(recipe, num_virtual_tokens=more)
+        changes.append(("prefix rate × 3", "prefix_learning_rate", 3 * recipe.prefix_learning_rate))
+        changes.append((f"{more} virtual tokens", "num_virtual_tokens", more))
+    for told, name, value in changes:
+        if name not in given:
+            yield f"{chosen.name}, {told}", replace(recipe, **{name: value})
 
 
 def search(study: Study, tried: Sequence[Candidate], tolerance: float, report: Report) -> Found:
     """Fit every candidate, and choose."""
+    if not tried:
+        raise SettingsError("there is nothing to choose from: name prefixes with --pool, or other --candidates")
     study.prepare(candidate.recipe for candidate in tried)
-    return choose(fit_all(study, tried, report), tolerance)
+    fits = Fits()
+    fits.add(study, tried, report)
+    return choose(fits, tolerance)
 
 
-def fit_all(study: Study, tried: Sequence[Candidate], report: Report) -> list[tuple[Candidate, Fitted]]:
-    """A user's interrupt ends it behind the first candidate, with those that are there."""
-    fits: list[tuple[Candidate, Fitted]] = []
-    for candidate in tried:
-        try:
-            fitted = study.fit(candidate.recipe, lambda *_: None)
-        except KeyboardInterrupt:
-            if not fits:
-                raise
-            break
-        fits.append((candidate, fitted))
-        report(candidate.name, candidate.passes, fitted.best.dev, fitted.seconds)
-        if fitted.was_interrupted:
-            break
-    return fits
+class Fits(list[tuple[Candidate, Fitted]]):
+    """Candidates and how they did. A user's interrupt ends the adding and leaves what is there."""
+
+    was_interrupted = False
+
+    def add(self, study: Study, tried: Sequence[Candidate], report: Report) -> None:
+        """Raises KeyboardInterrupt where it comes before anything is there."""
+        for candidate in tried:
+            if self.was_interrupted:
+                return
+            try:
+                fitted = study.fit(candidate.recipe, lambda *_: None)
+                self.append((candidate, fitted))
+                self.was_interrupted = fitted.was_interrupted
+                report(candidate.name, candidate.passes, fitted.best.dev, fitted.seconds)
+                study.forget(candidate.recipe)
+            except KeyboardInterrupt:
+                if not self:
+                    raise
+                self.was_interrupted = True
 
 
-def choose(fits: Sequence[tuple[Candidate, Fitted]], tolerance: float) -> Found:
+def choose(fits: Fits, tolerance: float) -> Found:
     """The cheapest within `tolerance` of the best dev score; of equal cost the better."""
     best = max(fitted.best.dev for _, fitted in fits)
     near = [(candidate, fitted) for candidate, fitted in fits if fitted.best.dev >= best - tolerance]
     cheapest = min(candidate.passes for candidate, _ in near)
     chosen, kept = max(((c, f) for c, f in near if c.passes <= cheapest + 1e-9), key=lambda pair: pair[1].best.dev)
     points = tuple(Point(c.name, c.passes, f.best.dev, f.seconds, c is chosen) for c, f in fits)
-    return Found(kept, chosen, points)
+    return Found(kept, chosen, points, fits.was_interrupted)

@@ -30,6 +30,7 @@ from app.learning.splits import split_off_dev
 from app.learning.trainer import Epoch, Split, predict_logits, train
 
 _Key = tuple[tuple[str, ...], int]  # digests of frozen prefixes, position offset
+_TRUNK: _Key = ((), 0)
 
 
 class Watcher(Protocol):
@@ -158,6 +159,14 @@ class Study:
         part.scaling, part._whole, part._rows = self.scaling, self, rows
         return part
 
+    def forget(self, recipe: Recipe) -> None:
+        """Free the states that only this recipe's frozen prefixes or positions make; they come again when asked for."""
+        key = _key(cache_plan(recipe, read_frozen(recipe, self.backbone.spec)))
+        if key != _TRUNK:
+            self._views.pop(key, None)
+            if self._whole is not None:
+                self._whole._views.pop(key, None)
+
     def split(self, plan: CachePlan, name: str) -> Split:
         """The states that `plan` asks for of one table, and its targets."""
         self._compute(name, [plan])
@@ -240,8 +249,11 @@ class Study:
             table = self.tables.named.get(name)
             if table is None:
                 raise DataError(f"there is no {name} file")
-            view.encodings[name] = encode(self.tokenizer, table, limit_tokens(self.backbone.spec, plan))
-            view.targets[name] = targets_of(table, self.tables.labels, view.encodings[name], self.scaling)
+            encodings = encode(self.tokenizer, table, limit_tokens(self.backbone.spec, plan))
+            view.targets[name] = targets_of(table, self.tables.labels, encodings, self.scaling)
+            if table.problem_type is not ProblemType.TOKEN:  # offsets and words are most of an encoding's memory
+                encodings = [Encoding(e.input_ids, e.token_type_ids) for e in encodings]
+            view.encodings[name] = encodings
         return view.encodings[name]
 
 

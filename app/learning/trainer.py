@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain import ProblemType
+from app.errors import DataError
 from app.learning.cache import Gathered, StateCache
 from app.learning.model import TaskModel
 from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of
@@ -75,6 +76,8 @@ def train(
         if not kept:
             raise
         epochs = [replace(epoch, was_interrupted=True) for epoch in epochs]
+    if not kept:
+        raise DataError("training diverged, its dev score is not a number: lower --learning-rate")
     model.load_state_dict(kept)
     model.eval()
     return epochs

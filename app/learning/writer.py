@@ -55,6 +55,8 @@ def check_out(out: Path) -> None:
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_empty and not (out / MANIFEST).is_file():
         raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
+    if not is_empty and any(child.is_dir() for child in out.iterdir()):
+        raise SettingsError(f"{out} holds folders, which may be other versions: name a folder of its own with --out")
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], exact: Collection[str] = ()) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 from app.domain import Encoding, ProblemType, Snapshot, Task, TaskVersion, TextInput
 from app.engine.artifact import Artifact, embedding_artifact, read_artifact
 from app.engine.engine import Engine
+from app.engine.folder import ArtifactFolder, list_artifacts
 from app.engine.golden import check_golden, predict
 from app.engine.plan import make_plan
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, BackboneError, ManifoldError
-from app.registry.folder import ArtifactFolder, list_artifacts
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from app.learning.compose import compose, usable
 from app.learning.learn import Options, learn, with_enough_steps
 from app.learning.prepare import cache_plan, read_frozen
 from app.learning.recipe import Recipe
-from app.learning.search import Arrangement, Candidate, Point, candidates, choose, passes_of
+from app.learning.search import Arrangement, Candidate, Fits, Point, candidates, choose, passes_of, refinements
 from app.learning.study import Files, Fitted, Study, Tables
 from app.learning.trainer import Epoch
 from tests.learning import samples
@@ -53,9 +55,8 @@ def fit(dev: float) -> Fitted:
 )
 def test_the_cheapest_within_the_tolerance_of_the_best(tolerance: float, chosen: str) -> None:
     scores = {"trunk": (1.0, 0.88), "better trunk": (1.0, 0.881), "combined": (1.3, 0.89), "own": (1.5, 0.9)}
-    found = choose(
-        [(Candidate(name, Recipe("x"), passes), fit(dev)) for name, (passes, dev) in scores.items()], tolerance
-    )
+    fits = Fits((Candidate(name, Recipe("x"), passes), fit(dev)) for name, (passes, dev) in scores.items())
+    found = choose(fits, tolerance)
     assert found.candidate.name == chosen
     assert [point.name for point in found.points if point.chosen] == [chosen]
     assert found.points[3] == Point("own", 1.5, 0.9, 1.0, chosen == "own")
@@ -159,6 +160,84 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path: Path, backbone: Backbone) 
     manifest = learn(recipe(), files, tmp_path / "out", (backbone, backbone), watcher)
     assert manifest["training"]["interrupted"] is True and manifest["training"]["best_epoch"] <= 2
     read_artifact(tmp_path / "out", backbone.spec)
+
+
+class Impatient(Silent):
+    """Interrupts when the given number of candidates has been reported."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self._after = after
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None:
+        super().candidate(name, passes, dev, seconds)
+        if len(self.candidates) == self._after:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("after", [1, 5, 7])
+def test_an_interrupt_ends_the_search_and_what_comes_after_it(tmp_path: Path, backbone: Backbone, after: int) -> None:
+    """Behind the first candidate, behind the last, and among the settings."""
+    files = files_of(tmp_path, samples.single_rows, count=60)
+    watcher = Impatient(after)
+    options = Options(arrangements=(Arrangement.TRUNK, Arrangement.LATE), baselines=True)
+    manifest = learn(recipe(epochs=2), files, tmp_path / "out", (backbone, backbone), watcher, options)
+    assert manifest["training"]["interrupted"] is True and manifest["baselines"] == {}
+    assert len(watcher.candidates) == after
+    assert "baselines" not in watcher.stages
+    read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_what_was_given_stays_in_a_search(tmp_path: Path, backbone: Backbone) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
+    given = {"learning_rate", "dropout", "hidden"}
+    found = candidates(recipe(), study, ALL, (), given)
+    tried = [c.recipe for c in found] + [r for c in found for _, r in refinements(c, given)]
+    assert {(r.learning_rate, r.dropout, r.hidden) for r in tried} == {(5e-3, 0.1, 16)}
+
+
+def test_the_prefixes_of_others_are_those_that_are_finished(backbone: Backbone, pool: tuple[Path, ...]) -> None:
+    folder = pool[0].parent
+    shutil.copytree(pool[0], folder / ".one.draft", dirs_exist_ok=True)
+    assert [path.name for path in usable(folder, backbone.spec)] == ["one", "two"]
+    assert [path.name for path in usable(folder, backbone.spec, without="one")] == ["two"]
+
+
+def test_nothing_to_choose_from(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=60)
+    options = Options(arrangements=(Arrangement.COMBINATION,))
+    with pytest.raises(SettingsError, match="nothing to choose from"):
+        learn(recipe(), files, tmp_path / "out", (backbone, backbone), Silent(), options)
+    with pytest.raises(SettingsError, match="--tolerance"):
+        learn(recipe(), files, tmp_path / "out", (backbone, backbone), Silent(), Options(tolerance=-1))
+
+
+def test_other_versions_are_never_replaced(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent())
+    shutil.copytree(tmp_path / "out", tmp_path / "out" / "2")
+    with pytest.raises(SettingsError, match="may be other versions"):
+        learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent())
+
+
+@pytest.mark.parametrize("name", ["test.tsv", "golden.txt"])
+def test_what_cannot_be_read_is_told_before_anything_is_trained(tmp_path: Path, backbone: Backbone, name: str) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    (tmp_path / "golden.txt").write_text("we was good\n")
+    with (tmp_path / name).open("a") as file:
+        file.write("\u200b\tgood\n" if name == "test.tsv" else "\u200b\n")
+    watcher = Silent()
+    options = Options(golden=tmp_path / "golden.txt")
+    with pytest.raises(DataError, match=name):
+        learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher, options)
+    assert "training" not in watcher.stages
+
+
+def test_training_that_diverges_is_told(tmp_path: Path, backbone: Backbone) -> None:
+    study = study_of(files_of(tmp_path, samples.regression_rows, count=40), backbone)
+    study.scaling = replace(study.scaling, std=float("nan"))
+    with pytest.raises(DataError, match="training diverged"):
+        study.fit(study.completed(recipe(epochs=1)))
 
 
 def test_golden_examples_can_be_given(tmp_path: Path, backbone: Backbone) -> None:

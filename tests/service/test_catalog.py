@@ -12,10 +12,10 @@ from app.config import SHIPPED_PREFIXES, Settings, load_settings
 from app.domain import TextInput
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
+from app.engine.folder import list_artifacts
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
 from app.main import open_runtime
-from app.registry.folder import list_artifacts
 from app.service.answers import FailedAnswer
 from app.service.catalog import build_catalog
 from app.service.runtime import Runtime

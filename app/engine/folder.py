@@ -1,4 +1,4 @@
-"""A folder of artifacts as an index: `<root>/<task>/` is version 1 of a task, `<root>/<task>/<n>/` its version n.
+"""Where artifacts lie in a folder: `<root>/<task>/` is version 1 of a task, `<root>/<task>/<n>/` its version n.
 
 Knows names and paths; opens no file.
 """
@@ -25,10 +25,10 @@ def list_artifacts(root: Path) -> list[ArtifactFolder]:
 
 
 def _versions(task: Path) -> list[ArtifactFolder]:
-    numbered = [folder for folder in _folders(task) if folder.name.isascii() and folder.name.isdecimal()]
-    if not numbered:
-        return [ArtifactFolder(task, 1)]
-    return [ArtifactFolder(folder, int(folder.name)) for folder in sorted(numbered, key=lambda f: int(f.name))]
+    numbered = {int(f.name): f for f in _folders(task) if f.name.isascii() and f.name.isdecimal()}
+    if not numbered or (1 not in numbered and any(child.is_file() for child in task.iterdir())):
+        numbered[1] = task
+    return [ArtifactFolder(folder, number) for number, folder in sorted(numbered.items())]
 
 
 def _folders(parent: Path) -> list[Path]:

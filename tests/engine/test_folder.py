@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from app.engine.folder import list_artifacts
 from app.errors import SettingsError
-from app.registry.folder import list_artifacts
 
 
 def test_a_folder_is_version_one_and_numbered_folders_are_versions(tmp_path: Path) -> None:
@@ -16,6 +16,12 @@ def test_a_folder_is_version_one_and_numbered_folders_are_versions(tmp_path: Pat
     (tmp_path / "README.md").touch()
     found = [(folder.path.relative_to(tmp_path).as_posix(), folder.version) for folder in list_artifacts(tmp_path)]
     assert found == [("intent/2", 2), ("intent/10", 10), ("spam", 1)]
+
+
+def test_the_root_of_numbered_versions_is_version_one_where_it_holds_files(tmp_path: Path) -> None:
+    (tmp_path / "spam" / "2").mkdir(parents=True)
+    (tmp_path / "spam" / "manifest.json").touch()
+    assert [(folder.path.name, folder.version) for folder in list_artifacts(tmp_path)] == [("spam", 1), ("2", 2)]
 
 
 def test_an_empty_folder_has_no_tasks(tmp_path: Path) -> None:
