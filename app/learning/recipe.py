@@ -25,7 +25,7 @@ class Recipe:
     first_layer: int = 0
     num_virtual_tokens: int = 0  # of a prefix of the task's own; 0: none
     prefixes: tuple[Path, ...] = ()  # artifacts whose frozen prefixes are combined, in order
-    epochs: int = 15
+    epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 1e-3
     query_learning_rate: float = 1e-2
@@ -33,7 +33,7 @@ class Recipe:
     weight_decay: float = 0.01
     dropout: float = 0.3
     warmup: float = 0.06  # share of all steps
-    patience: int = 5  # epochs without a better dev score before training ends; 0: never
+    patience: int = 4  # epochs without a better dev score before training ends; 0: never
     class_weight_power: float = 0.0  # loss weights by label frequency to this power; 0: none
     seed: int = 0
 
