@@ -1,0 +1,519 @@
+"""The paper's experiment: independent prefixes of source tasks, combined, against other fixed representations.
+
+After Huang et al. 2023 (arXiv 2305.13499). Knows what is run, in which order, and keeps every finished cell in a file,
+so that an interrupted run goes on where it was. Knows nothing of tables or plots.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from torch import Tensor
+
+from app.domain import BackboneSpec, InputKind, ProblemType, ReadoutKind
+from app.engine.backbone import Backbone
+from app.engine.heads import scores_of
+from app.engine.tokenizer import TextTokenizer
+from app.errors import DataError, SettingsError
+from app.learning import evaluation, writer
+from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logits
+from app.learning.multitask import Together, finetune_together, train_shared_prefix, write_prefix
+from app.learning.problems import MEASURES
+from app.learning.recipe import Recipe
+from app.learning.splits import findings, sampled_rows, subsample
+from app.learning.study import Files, Fitted, Study, Tables
+from app.learning.trainer import Epoch
+
+ALL = 0  # as a number of examples
+LINEAR, ATTENTION = "linear", "attention"
+READOUTS = (LINEAR, ATTENTION)
+BARE, OWN, COMBINATION, SHARED = "bare trunk", "own prefix", "combination", "shared prefix"
+WHOLE, CEILING = "whole backbone", "full fine-tuning"
+TOGETHER = (COMBINATION, SHARED, WHOLE)  # the ways to take in a new source
+MEASURED = {"cola": "mcc"}  # where accuracy says little; else MEASURES
+
+_LINEAR_RATE = 5e-3  # of a linear head
+_TEST = {"subj": "test_clean.tsv", "stsb": "test_clean.tsv"}  # rows that other sets have too are left out
+
+
+class Part(StrEnum):
+    SOURCE = "source"  # how well a source task is learned
+    TRAINING = "training"  # what a representation cost
+    TARGET = "target"  # a light head for a target task on a fixed representation
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSettings:
+    """The rates were the best of 0.01 to 0.3 on dev of emotion, snli_small and sst2, 2,000 rows each."""
+
+    num_virtual_tokens: int
+    epochs: int
+    learning_rate: float = 0.1
+    head_learning_rate: float = _LINEAR_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run. None: all rows."""
+
+    sources: tuple[str, ...]  # in the order in which they arrive; the last is the update's
+    targets: tuple[str, ...]
+    sizes: tuple[int, ...]  # training examples of a target; ALL last
+    seeds: tuple[int, ...] = (0, 1, 2)
+    single: PrefixSettings = PrefixSettings(16, 10)  # for sources of single texts
+    pair: PrefixSettings = PrefixSettings(32, 20)
+    finetuning: FinetuneSettings = FinetuneSettings()
+    source_rows: int | None = None
+    source_dev_rows: int | None = None
+    test_rows: int | None = None
+    few_dev_rows: int = 200  # of a target's dev set, but with all its examples
+    head_epochs: int = 15
+    least_steps: int = 200  # of a head
+    with_ceiling: bool = True  # targets fine-tuned in full
+
+
+FULL = Plan(
+    sources=("sst2", "snli_small", "qqp10k", "cola", "emotion", "goemotions"),
+    targets=("trec", "subj", "mpqa", "mrpc", "rte", "banking77", "agnews", "tweeteval_offensive", "stsb"),
+    sizes=(16, 100, ALL),
+)
+QUICK = Plan(
+    sources=("sst2", "snli_small", "emotion"),
+    targets=("trec", "mrpc", "tweeteval_offensive"),
+    sizes=(16, 100),
+    seeds=(0,),
+    single=PrefixSettings(16, 4),
+    pair=PrefixSettings(32, 6),
+    finetuning=FinetuneSettings(epochs=2),
+    source_rows=800,
+    source_dev_rows=200,
+    test_rows=400,
+    least_steps=100,
+    with_ceiling=False,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One number to find; with its seed it is one line of the results."""
+
+    part: Part
+    seed: int
+    task: str  # a data set; "" for the cost of what is trained on several
+    representation: str
+    readout: str = ""
+    examples: int = ALL
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    score: float  # on test, by the task's measure
+    dev: float
+    seconds: float
+    num_parameters: int = 0  # trained ones
+    tokens: int = 0  # through the backbone in training; a part of its layers counts as a part of a token
+    figures: Mapping[str, float] = field(default_factory=dict)  # on test
+
+
+def alone(source: str) -> str:
+    """The representation that one source's prefix makes."""
+    return f"prefix {source}"
+
+
+def without_last(representation: str, plan: Plan) -> str:
+    """The representation before the last source arrived."""
+    return f"{representation} without {plan.sources[-1]}"
+
+
+def representations(plan: Plan) -> tuple[str, ...]:
+    before = (without_last(name, plan) for name in TOGETHER)
+    return (BARE, *map(alone, plan.sources), *TOGETHER, *before)
+
+
+def cells(plan: Plan) -> Iterator[Cell]:
+    """All that a finished run has."""
+    for seed in plan.seeds:
+        for source in plan.sources:
+            for name in (BARE, OWN):
+                yield from (Cell(Part.SOURCE, seed, source, name, readout) for readout in READOUTS)
+            yield from (Cell(Part.SOURCE, seed, source, name, LINEAR) for name in (SHARED, WHOLE))
+            yield Cell(Part.SOURCE, seed, source, CEILING)
+        for name in (SHARED, WHOLE):
+            yield Cell(Part.TRAINING, seed, "", name)
+            yield Cell(Part.TRAINING, seed, "", without_last(name, plan))
+        for target in plan.targets:
+            for name in representations(plan):
+                yield from (Cell(Part.TARGET, seed, target, name, r, size) for size in plan.sizes for r in READOUTS)
+            if plan.with_ceiling:
+                yield Cell(Part.TARGET, seed, target, CEILING)
+
+
+def measure_of(task: str, problem_type: ProblemType) -> str:
+    return MEASURED.get(task, MEASURES[problem_type])
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """Finished cells, in memory and as JSON lines. The first line says what they are results of."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any], resume: bool) -> None:
+        """Without `resume` the file begins anew. Raises SettingsError where it holds results of something else."""
+        self._path = path
+        self.found: dict[Cell, Outcome] = {}
+        if resume and path.is_file():
+            self._read(header)
+        self._write("w", header)
+        for cell, outcome in self.found.items():
+            self._append(cell, outcome)
+
+    def add(self, cell: Cell, outcome: Outcome) -> None:
+        self._append(cell, outcome)
+        self.found[cell] = outcome
+
+    def _append(self, cell: Cell, outcome: Outcome) -> None:
+        self._write("a", {"cell": asdict(cell), "outcome": asdict(outcome)})
+
+    def _read(self, header: Mapping[str, Any]) -> None:
+        lines = self._path.read_text("utf-8").splitlines()
+        if not lines or _record(lines[0]) != json.loads(json.dumps(header)):
+            raise SettingsError(
+                f"{self._path} holds results of other settings, data or another model: leave out --resume to begin anew"
+            )
+        for record in filter(None, map(_record, lines[1:])):
+            cell = record["cell"]
+            self.found[Cell(**cell | {"part": Part(cell["part"])})] = Outcome(**record["outcome"])
+
+    def _write(self, mode: str, record: Mapping[str, Any]) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise SettingsError(f"{self._path} cannot be written: {error.strerror}") from error
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """None for half a line: the run ended while it was written."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return record
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+class Sets:
+    """The data sets of a plan, cut as it says."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        """Raises DataError for a set that is not there or cannot be used."""
+        self._plan = plan
+        self.whole: dict[str, Tables] = {}
+        for name in (*plan.sources, *plan.targets):
+            files = Files(*(folder / name / f for f in ("train.tsv", "dev.tsv", _TEST.get(name, "test.tsv"))))
+            self.whole[name] = Tables.read(files, None)
+            if self.whole[name].problem_type is ProblemType.TOKEN:
+                raise DataError(f"{name} tags tokens: the experiment's heads read whole texts")
+
+    def source(self, name: str, seed: int) -> Tables:
+        return self._cut(name, self._plan.source_rows, self._plan.source_dev_rows, seed)
+
+    def target(self, name: str, seed: int) -> Tables:
+        """With as many rows as its largest size asks for."""
+        sizes = self._plan.sizes
+        if ALL in sizes:
+            return self._cut(name, None, None, seed)
+        return self._cut(name, max(sizes), self._plan.few_dev_rows, seed)
+
+    def _cut(self, name: str, train: int | None, dev: int | None, seed: int) -> Tables:
+        tables = self.whole[name]
+        assert tables.test is not None
+        return replace(
+            tables,
+            train=tables.train if train is None else subsample(tables.train, train, seed),
+            dev=tables.dev if dev is None else subsample(tables.dev, dev, seed),
+            test=tables.test if self._plan.test_rows is None else subsample(tables.test, self._plan.test_rows, 0),
+        )
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        return {
+            name: {split: table.sha256 for split, table in tables.named.items()} for name, tables in self.whole.items()
+        }
+
+    def shared_texts(self) -> dict[str, int]:
+        """Target → how many of its test texts some source is trained on."""
+        counts = {}
+        for target in self._plan.targets:
+            test = self.whole[target].test
+            assert test is not None
+            found = [findings({"train": self.whole[s].train, "test": test}) for s in self._plan.sources]
+            counts[target] = sum(each.overlaps["test"].count for each in found)
+        return counts
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+class Quiet:
+    """A watcher that tells nobody."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
+
+    def notice(self, sentences: Sequence[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experiment:
+    plan: Plan
+    sets: Sets
+    backbone: Backbone
+    tokenizer: TextTokenizer
+    results: Results
+    work: Path  # what is trained lies here, a folder each
+    report: Callable[[Cell, Outcome], None]  # of each cell when it is finished
+
+    def run(self) -> None:
+        for seed in self.plan.seeds:
+            for source in self.plan.sources:
+                self._source(source, seed)
+            for sources, name in self._arrivals():
+                self._shared_prefix(sources, name(SHARED), seed)
+                self._whole_backbone(sources, name(WHOLE), seed)
+            self._targets(seed)
+
+    def _arrivals(self) -> Iterator[tuple[tuple[str, ...], Callable[[str], str]]]:
+        """The sources after and before the last one arrived, and how representations are called then."""
+        yield self.plan.sources, lambda name: name
+        yield self.plan.sources[:-1], lambda name: without_last(name, self.plan)
+
+    def _missing(self, wanted: Iterator[Cell] | Sequence[Cell]) -> list[Cell]:
+        return [cell for cell in wanted if cell not in self.results.found]
+
+    def _add(self, cell: Cell, outcome: Outcome) -> None:
+        if cell not in self.results.found:
+            self.results.add(cell, outcome)
+            self.report(cell, outcome)
+
+    def _study(self, tables: Tables, backbone: Backbone | None = None) -> Study:
+        return Study(tables, backbone or self.backbone, self.tokenizer, Quiet())
+
+    def _folder(self, name: str, seed: int) -> Path:
+        return self.work / f"seed{seed}" / name.replace(" ", "-")
+
+    # -- sources
+
+    def _source(self, source: str, seed: int) -> None:
+        bare = [Cell(Part.SOURCE, seed, source, BARE, readout) for readout in READOUTS]
+        own = {readout: Cell(Part.SOURCE, seed, source, OWN, readout) for readout in READOUTS}
+        ceiling = Cell(Part.SOURCE, seed, source, CEILING)
+        folder = self._folder(alone(source), seed)
+        study = self._study(self.sets.source(source, seed))
+        missing = self._missing(bare)
+        study.prepare((self._head(study, cell.readout, (), seed) for cell in missing), ("train", "dev", "test"))
+        for cell in missing:
+            self._add(cell, self._fitted(study, self._head(study, cell.readout, (), seed), source)[0])
+        if self._missing([own[LINEAR]]) or not folder.is_dir():
+            recipe = self.prefix_recipe(source, seed)
+            outcome, fitted = self._fitted(study, recipe, source)
+            assert fitted.model.prefix is not None
+            write_prefix(folder, source, fitted.model.prefix, recipe.first_layer, self.backbone.spec)
+            self._add(own[LINEAR], outcome)
+        study = self._study(study.tables)  # without the states of the bare trunk: they are not needed any more
+        if self._missing([own[ATTENTION]]):
+            self._add(own[ATTENTION], self._fitted(study, self._head(study, ATTENTION, (folder,), seed), source)[0])
+        if self._missing([ceiling]):
+            self._add(ceiling, self._full(study, source, seed))
+
+    def prefix_recipe(self, source: str, seed: int) -> Recipe:
+        """How a source's own prefix is trained: under a linear head, so that all that is learned is in the states."""
+        is_pair = self.sets.whole[source].train.input_kind is InputKind.PAIR
+        settings = self.plan.pair if is_pair else self.plan.single
+        recipe = Recipe(
+            task=source,
+            readout=ReadoutKind.MEAN,
+            hidden=0,
+            first_layer=self.backbone.spec.num_layers // 2,
+            num_virtual_tokens=settings.num_virtual_tokens,
+            epochs=settings.epochs,
+            learning_rate=settings.head_learning_rate,
+            prefix_learning_rate=settings.learning_rate,
+            seed=seed,
+        )
+        tables = self.sets.whole[source]
+        return recipe.completed(tables.problem_type, tables.num_outputs, self.backbone.spec)
+
+    def _fitted(self, study: Study, recipe: Recipe, task: str) -> tuple[Outcome, Fitted]:
+        fitted = study.fit(recipe, lambda *_: None)
+        if fitted.was_interrupted:
+            raise KeyboardInterrupt
+        logits = {name: study.logits(fitted, name)[0] for name in ("dev", "test")}
+        prefix = fitted.model.prefix
+        outcome = _outcome(task, study, logits, fitted.seconds)
+        if prefix is None:
+            return outcome, fitted
+        num_tokens = sum(map(len, study.texts("train")[0]))
+        trunk = recipe.first_layer / self.backbone.spec.num_layers
+        tokens = round(num_tokens * (trunk + len(fitted.epochs) * (1 - trunk)))
+        return replace(outcome, num_parameters=prefix.numel(), tokens=tokens), fitted
+
+    def _full(self, study: Study, task: str, seed: int) -> Outcome:
+        """The whole backbone fine-tuned for one task."""
+        texts = {name: Texts(*study.texts(name)) for name in study.tables.named}
+        tables, device = study.tables, study.backbone.device
+        settings = replace(self.plan.finetuning, seed=seed)
+        both = texts["train"], texts["dev"]
+        tuned = finetune(self.backbone.path, both, tables.problem_type, tables.labels, settings, device)
+        logits = {name: whole_logits(tuned.model, texts[name], device)[0] for name in ("dev", "test")}
+        num_parameters = sum(w.numel() for name, w in tuned.model.named_parameters() if name.startswith("network."))
+        outcome = _outcome(task, study, logits, tuned.seconds)
+        return replace(outcome, num_parameters=num_parameters, tokens=tuned.tokens)
+
+    # -- all sources at once
+
+    def _shared_prefix(self, sources: tuple[str, ...], name: str, seed: int) -> None:
+        folder, wanted = self._folder(name, seed), self._training_cells(sources, name, seed)
+        if not self._missing(wanted) and folder.is_dir():
+            return
+        studies = {source: self._study(self.sets.source(source, seed)) for source in sources}
+        recipes = {source: self.prefix_recipe(source, seed) for source in sources}
+        vectors, done = train_shared_prefix(studies, recipes)
+        write_prefix(folder, folder.name, vectors, recipes[sources[0]].first_layer, self.backbone.spec)
+        self._add_training(wanted, studies, done)
+
+    def _whole_backbone(self, sources: tuple[str, ...], name: str, seed: int) -> None:
+        folder, wanted = self._folder(name, seed), self._training_cells(sources, name, seed)
+        if not self._missing(wanted) and folder.is_dir():
+            return
+        studies = {source: self._study(self.sets.source(source, seed)) for source in sources}
+        network, done = finetune_together(studies, replace(self.plan.finetuning, seed=seed))
+        rmtree(folder, ignore_errors=True)
+        with writer.new_folder(folder) as draft:
+            network.save_pretrained(draft)
+        self._add_training(wanted, studies, done)
+
+    def _training_cells(self, sources: tuple[str, ...], name: str, seed: int) -> list[Cell]:
+        cost = Cell(Part.TRAINING, seed, "", name)
+        if len(sources) < len(self.plan.sources):
+            return [cost]
+        return [*(Cell(Part.SOURCE, seed, source, name, LINEAR) for source in sources), cost]
+
+    def _add_training(self, wanted: Sequence[Cell], studies: Mapping[str, Study], done: Together) -> None:
+        outcomes = {}
+        for source, study in studies.items():
+            logits = {table: done.logits(source, table) for table in ("dev", "test")}
+            outcomes[source] = _outcome(source, study, logits, 0.0)
+        score, dev = (_mean([getattr(o, name) for o in outcomes.values()]) for name in ("score", "dev"))
+        cost = Outcome(score, dev, done.seconds, done.num_parameters, done.tokens)
+        for cell in wanted:
+            self._add(cell, outcomes[cell.task] if cell.part is Part.SOURCE else cost)
+
+    # -- targets
+
+    def _targets(self, seed: int) -> None:
+        for name in representations(self.plan):
+            wanted = [
+                c for c in cells(self.plan) if c.part is Part.TARGET and (c.seed, c.representation) == (seed, name)
+            ]
+            if not self._missing(wanted):
+                continue
+            backbone, prefixes = self._representation(name, seed)
+            for target in self.plan.targets:
+                missing = self._missing([cell for cell in wanted if cell.task == target])
+                if missing:
+                    self._target(target, self._study(self.sets.target(target, seed), backbone), prefixes, missing)
+        for target in self.plan.targets if self.plan.with_ceiling else ():
+            cell = Cell(Part.TARGET, seed, target, CEILING)
+            if self._missing([cell]):
+                self._add(cell, self._full(self._study(self.sets.target(target, seed)), target, seed))
+
+    def _representation(self, name: str, seed: int) -> tuple[Backbone, tuple[Path, ...]]:
+        """The frozen encoder and the prefixes that stand in it."""
+        every = {alone(source): (self._folder(alone(source), seed),) for source in self.plan.sources}
+        for sources, called in self._arrivals():
+            if name == called(COMBINATION):
+                return self.backbone, tuple(self._folder(alone(source), seed) for source in sources)
+            if name == called(SHARED):
+                return self.backbone, (self._folder(name, seed),)
+            if name == called(WHOLE):
+                return self._tuned(name, seed), ()
+        return self.backbone, every.get(name, ())
+
+    def _tuned(self, name: str, seed: int) -> Backbone:
+        spec = self.backbone.spec
+        return Backbone.load(str(self._folder(name, seed)), spec.device, spec.dtype)
+
+    def _target(self, target: str, study: Study, prefixes: tuple[Path, ...], missing: Sequence[Cell]) -> None:
+        """The largest size first, with the time for the states in it."""
+        began = time.perf_counter()
+        seed = missing[0].seed
+        study.prepare((self._head(study, readout, prefixes, seed) for readout in READOUTS), ("train", "dev", "test"))
+        waited = time.perf_counter() - began
+        for cell in sorted(missing, key=lambda cell: cell.examples or math.inf, reverse=True):
+            part = study.part(self._rows(study.tables, cell))
+            outcome, _ = self._fitted(part, self._head(part, cell.readout, prefixes, seed), target)
+            self._add(cell, replace(outcome, seconds=round(outcome.seconds + waited, 2)))
+            waited = 0.0
+
+    def _rows(self, tables: Tables, cell: Cell) -> dict[str, list[int]]:
+        """Which rows of train and dev a size takes."""
+        if cell.examples == ALL:
+            return {}
+        sizes = {"train": cell.examples, "dev": self.plan.few_dev_rows}
+        return {name: sampled_rows(tables.named[name], count, cell.seed) for name, count in sizes.items()}
+
+    def _head(self, study: Study, readout: str, prefixes: tuple[Path, ...], seed: int) -> Recipe:
+        """A light head; few rows are gone through more often."""
+        rows = len(study.tables.train.examples)
+        base = Recipe(task="head", prefixes=prefixes, seed=seed)
+        epochs = max(self.plan.head_epochs, -(-self.plan.least_steps // -(-rows // base.batch_size)))
+        patience = -(-base.patience * epochs // self.plan.head_epochs)
+        base = replace(base, epochs=epochs, patience=patience)
+        if readout == LINEAR:
+            base = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=_LINEAR_RATE)
+        return study.completed(base)
+
+
+def _outcome(task: str, study: Study, logits: Mapping[str, Tensor], seconds: float) -> Outcome:
+    """Figures of logits on dev and test; thresholds are dev's."""
+    tables, kind = study.tables, study.tables.problem_type
+    assert tables.test is not None
+    scores = {name: scores_of(kind, found.float().cpu()).numpy() for name, found in logits.items()}
+    is_multi = kind is ProblemType.MULTI_LABEL
+    thresholds = evaluation.thresholds_of_scores(tables.dev, scores["dev"], tables.labels) if is_multi else []
+    figures = {
+        name: evaluation.figures_of_scores(tables.named[name], found, tables.labels, thresholds)
+        for name, found in scores.items()
+    }
+    measure = measure_of(task, kind)
+    return Outcome(
+        figures["test"].get(measure, 0.0), figures["dev"].get(measure, 0.0), round(seconds, 2), figures=figures["test"]
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def header(plan: Plan, sets: Sets, spec: BackboneSpec) -> dict[str, Any]:
+    """What results are results of; further seeds can be added to them."""
+    settings = asdict(plan)
+    del settings["seeds"]
+    return {"plan": settings, "data": sets.digests(), "backbone": spec.fingerprint, "dtype": spec.dtype}

@@ -1,0 +1,128 @@
+"""`manifold experiment`: the paper's experiment on your copies of its data. Knows the command line and the screen."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
+from app.learning import experiment_report
+from app.learning.experiment import ALL, FULL, QUICK, Cell, Experiment, Outcome, Plan, Results, Sets, cells, header
+from app.learning.terminal import add_machine_arguments, backbones, guarded
+
+_DESCRIPTION = """Run the experiment of Huang et al. 2023 (arXiv 2305.13499): prefixes of source tasks, trained
+independently and combined, against the bare encoder, single prefixes and multi-task training.
+
+DIR holds a folder for each data set with train.tsv, dev.tsv and test.tsv: {sets}
+(of subj and stsb test_clean.tsv). Writes the page, its plots in a folder _experiment beside it, and every finished
+number to results.jsonl."""
+_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = _DESCRIPTION.format(sets=", ".join((*FULL.sources, *FULL.targets)))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--quick", action="store_true", help="three sources, three targets, one seed: ten minutes")
+    parser.add_argument("--out", type=Path, default=Path("EXPERIMENT.md"), metavar="FILE", help="default %(default)s")
+    parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="default 0,1,2, with --quick 0")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run was interrupted")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="for what is trained; default .experiment beside FILE")
+    add_machine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0; 1 with one sentence on stderr; 130 where it was interrupted."""
+    return guarded("experiment", lambda: _run(args))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'"{text}" is not numbers joined by commas, like 0,1,2') from error
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f'"{text}" names a seed twice')
+    return seeds
+
+
+def _run(args: argparse.Namespace) -> int:
+    plan = QUICK if args.quick else FULL
+    if args.seeds:
+        plan = replace(plan, seeds=args.seeds)
+    sets = Sets(plan, args.data)
+    backbone = backbones(args)[0]
+    results = Results(args.out.parent / "results.jsonl", header(plan, sets, backbone.spec), args.resume)
+    work = args.work or args.out.parent / ".experiment"
+    console = Console()
+    with _Screen(console, plan, results) as screen:
+        tokenizer = TextTokenizer(backbone.path)
+        try:
+            Experiment(plan, sets, backbone, tokenizer, results, work, screen.finished).run()
+        except KeyboardInterrupt:
+            Console(stderr=True).print("manifold experiment: interrupted, go on with --resume", markup=False)
+            return _INTERRUPTED
+    experiment_report.write(args.out, _story(args, plan, sets, results, backbone))
+    console.print(f"{args.out}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _story(
+    args: argparse.Namespace, plan: Plan, sets: Sets, results: Results, backbone: Backbone
+) -> experiment_report.Story:
+    return experiment_report.Story(
+        plan=plan,
+        found=results.found,
+        tables=sets.whole,
+        shared_texts=sets.shared_texts(),
+        command=_command(args, plan),
+        machine=_machine(backbone),
+        model=f"{backbone.spec.name}, {backbone.spec.num_layers} layers, frozen, in {backbone.spec.dtype}",
+    )
+
+
+def _command(args: argparse.Namespace, plan: Plan) -> str:
+    quick = " --quick" if args.quick else ""
+    return f"manifold experiment --data DATA{quick} --seeds {','.join(map(str, plan.seeds))}"
+
+
+def _machine(backbone: Backbone) -> str:
+    if backbone.device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(backbone.device)}"
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+class _Screen:
+    """A bar over all cells, and a line for each that is finished."""
+
+    def __init__(self, console: Console, plan: Plan, results: Results) -> None:
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        wanted = list(cells(plan))
+        done = sum(cell in results.found for cell in wanted)
+        self._task = self._progress.add_task("experiment", total=len(wanted), completed=done)
+
+    def __enter__(self) -> _Screen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def finished(self, cell: Cell, outcome: Outcome) -> None:
+        names = [cell.task or "all sources", cell.representation, cell.readout]
+        if cell.examples != ALL:
+            names.append(f"{cell.examples} examples")
+        what = ", ".join(filter(None, names))
+        line = f"seed {cell.seed}  {outcome.score:.4f}  {outcome.seconds:6.0f} s  {cell.part}: {what}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._progress.advance(self._task)

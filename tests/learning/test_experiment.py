@@ -1,0 +1,239 @@
+"""The experiment end to end on a tiny backbone: every cell, once, and a page that has them all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
+from app.errors import DataError, SettingsError
+from app.learning import experiment_command, experiment_report
+from app.learning.experiment import (
+    ALL,
+    CEILING,
+    WHOLE,
+    Cell,
+    Experiment,
+    Outcome,
+    Part,
+    Plan,
+    PrefixSettings,
+    Results,
+    Sets,
+    cells,
+    header,
+)
+from app.learning.finetune import FinetuneSettings
+from tests.learning import samples
+
+PLAN = Plan(
+    sources=("words", "pairs"),
+    targets=("kinds", "numbers"),
+    sizes=(16, ALL),
+    seeds=(0, 1),
+    single=PrefixSettings(2, 2, 1e-2),
+    pair=PrefixSettings(3, 2, 1e-2),
+    finetuning=FinetuneSettings(epochs=1, learning_rate=3e-3),
+    few_dev_rows=20,
+    head_epochs=2,
+    least_steps=4,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, source = tmp_path_factory.mktemp("data"), random.Random(0)
+    for name, header_, rows in (
+        ("words", ("text", "labels"), samples.multi_rows),
+        ("pairs", ("text_a", "text_b", "label"), samples.pair_rows),
+        ("kinds", ("text", "label"), samples.single_rows),
+        ("numbers", ("text", "score"), samples.regression_rows),
+    ):
+        (folder / name).mkdir()
+        for split in ("train", "dev", "test"):
+            samples.write_rows(folder / name / f"{split}.tsv", header_, rows(source, 64))
+    return folder
+
+
+class Run:
+    """One run in a folder, which counts what it computes."""
+
+    def __init__(self, folder: Path, data: Path, backbone: Backbone, plan: Plan = PLAN) -> None:
+        self.folder, self.backbone, self.plan = folder, backbone, plan
+        self.sets = Sets(plan, data)
+        self.done: list[Cell] = []
+
+    def __call__(self, resume: bool = False, stop_after: int | None = None) -> Results:
+        def report(cell: Cell, _: Outcome) -> None:
+            self.done.append(cell)
+            if len(self.done) == stop_after:
+                raise KeyboardInterrupt
+
+        path = self.folder / "results.jsonl"
+        results = Results(path, header(self.plan, self.sets, self.backbone.spec), resume)
+        tokenizer = TextTokenizer(self.backbone.path)
+        Experiment(self.plan, self.sets, self.backbone, tokenizer, results, self.folder / "work", report).run()
+        return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, data: Path, backbone: Backbone) -> tuple[Run, Results]:
+    """Interrupted half way, and resumed."""
+    run = Run(tmp_path_factory.mktemp("run"), data, backbone)
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_after=len(list(cells(PLAN))) // 2)
+    return run, run(resume=True)
+
+
+def test_every_cell_is_computed_once_though_it_was_interrupted(finished: tuple[Run, Results]) -> None:
+    run, results = finished
+    assert sorted(run.done, key=repr) == sorted(cells(PLAN), key=repr)
+    assert set(results.found) == set(cells(PLAN))
+    lines = (run.folder / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + len(results.found)
+
+
+def test_a_finished_run_computes_nothing(finished: tuple[Run, Results], data: Path, backbone: Backbone) -> None:
+    run, results = finished
+    again = Run(run.folder, data, backbone)
+    assert again(resume=True).found == results.found
+    assert again.done == []
+
+
+def test_the_tuned_backbone_is_another_representation(finished: tuple[Run, Results]) -> None:
+    run, results = finished
+    tuned = Backbone.load(str(run.folder / "work" / "seed0" / "whole-backbone"), "cpu", "float32")
+    assert tuned.spec.fingerprint != run.backbone.spec.fingerprint
+    assert results.found[Cell(Part.TRAINING, 0, "", WHOLE)].num_parameters > 10_000
+
+
+def test_costs_are_counted_in_passes(finished: tuple[Run, Results]) -> None:
+    run, results = finished
+    one = results.found[Cell(Part.SOURCE, 0, "pairs", "own prefix", "linear")]
+    full = results.found[Cell(Part.SOURCE, 0, "pairs", CEILING)]
+    # the layer below the fork once, the two above it in each of two epochs, against all three in one epoch
+    assert one.tokens == round(full.tokens * (1 / 3 + 2 * 2 / 3))
+    assert one.num_parameters == 2 * 2 * 3 * 32  # layers, keys and values, virtual tokens, width
+
+
+def story(run: Run, results: Results) -> experiment_report.Story:
+    return experiment_report.Story(
+        plan=run.plan,
+        found=results.found,
+        tables=run.sets.whole,
+        shared_texts=run.sets.shared_texts(),
+        command="manifold experiment --data DATA",
+        machine="a machine",
+        model="tiny",
+    )
+
+
+def test_the_page_has_every_number(finished: tuple[Run, Results], tmp_path: Path) -> None:
+    run, results = finished
+    experiment_report.write(tmp_path / "EXPERIMENT.md", story(run, results))
+    page = (tmp_path / "EXPERIMENT.md").read_text()
+    for cell in cells(replace(PLAN, seeds=(0,))):
+        if cell.part is Part.TRAINING or cell.representation.endswith("without pairs"):
+            continue
+        pair = [results.found[replace(cell, seed=seed)].score for seed in (0, 1)]
+        assert f"{sum(pair) / 2:.3f} ± {abs(pair[0] - pair[1]) / 2**0.5:.3f}" in page, cell
+    assert "What was found" in page and "±" in page and str(tmp_path) not in page
+    for name in ("targets", "update"):
+        assert f"(_experiment/{name}.svg)" in page
+        ElementTree.parse(tmp_path / "_experiment" / f"{name}.svg")
+
+
+def invented(score: Callable[[Cell], float], seeds: tuple[int, ...] = (0, 1, 2)) -> tuple[Plan, dict[Cell, Outcome]]:
+    plan = replace(PLAN, seeds=seeds)
+    return plan, {cell: Outcome(score(cell), 0.5, 1.0, 1, 1) for cell in cells(plan)}
+
+
+@pytest.mark.parametrize(
+    ("score", "seeds", "summary"),
+    [
+        (
+            lambda cell: 0.8 if cell.representation == "combination" else 0.7,
+            (0, 1, 2),
+            "For in 4, against in 0, open in 0",
+        ),
+        (
+            lambda cell: 0.6 if cell.representation == "combination" else 0.7,
+            (0, 1, 2),
+            "For in 0, against in 4, open in 0",
+        ),
+        (
+            lambda cell: 0.7 + 0.1 * (cell.seed - 0.9) * (cell.representation == "combination"),
+            (0, 1, 2),
+            "open in 4 of 4",
+        ),
+        (lambda cell: 0.8 if cell.representation == "combination" else 0.7, (0,), "open in 4 of 4"),
+    ],
+    ids=["for", "against", "within the spread", "one seed"],
+)
+def test_no_claim_is_made_that_the_numbers_do_not_carry(
+    score: Callable[[Cell], float], seeds: tuple[int, ...], summary: str, data: Path, tmp_path: Path
+) -> None:
+    plan, found = invented(score, seeds)
+    sets = Sets(plan, data)
+    page = experiment_report.page(
+        experiment_report.Story(
+            plan, found, sets.whole, sets.shared_texts(), "manifold experiment", "a machine", "tiny"
+        )
+    )
+    claim = next(line for line in page.splitlines() if line.startswith("**The combination beats the bare trunk.**"))
+    assert summary in claim
+
+
+def test_results_of_other_settings_are_refused(finished: tuple[Run, Results], data: Path, backbone: Backbone) -> None:
+    run, _ = finished
+    other = Run(run.folder, data, backbone, replace(PLAN, head_epochs=3))
+    with pytest.raises(SettingsError, match="other settings"):
+        other(resume=True)
+
+
+def test_half_a_line_is_left_out(finished: tuple[Run, Results], tmp_path: Path) -> None:
+    run, results = finished
+    text = (run.folder / "results.jsonl").read_text()
+    path = tmp_path / "results.jsonl"
+    path.write_text(text[:-20])
+    again = Results(path, json.loads(text.splitlines()[0]), resume=True)
+    assert len(again.found) == len(results.found) - 1
+    again.add(next(cell for cell in results.found if cell not in again.found), Outcome(0.5, 0.5, 1.0))
+    assert len(path.read_text().splitlines()) == 1 + len(results.found)
+
+
+def test_a_set_that_is_missing_is_named(data: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere/train\.tsv"):
+        Sets(replace(PLAN, targets=("nowhere",)), data)
+
+
+def test_texts_that_a_source_and_a_target_share_are_counted(data: Path) -> None:
+    sets = Sets(replace(PLAN, sources=("words", "pairs"), targets=("kinds", "words")), data)
+    same = {example.text.text.casefold() for example in sets.whole["words"].train.examples}
+    test = sets.whole["words"].test
+    assert test is not None
+    assert sets.shared_texts()["words"] == sum(e.text.text.casefold() in same for e in test.examples)
+
+
+def test_the_command(
+    data: Path, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    experiment_command.add_arguments(parser)
+    monkeypatch.setattr(experiment_command, "QUICK", replace(PLAN, seeds=(0,), sizes=(16,), with_ceiling=False))
+    out = tmp_path / "page" / "EXPERIMENT.md"
+    given = ["--data", str(data), "--quick", "--out", str(out), "--model", str(model_path), "--dtype", "float32"]
+    assert experiment_command.run(parser.parse_args(given)) == 0
+    shown = capsys.readouterr().out
+    assert "target: kinds, combination, linear, 16 examples" in shown
+    assert "`manifold experiment --data DATA --quick --seeds 0`" in out.read_text()
+    assert experiment_command.run(parser.parse_args([*given, "--data", "nowhere"])) == 1
+    assert "manifold experiment: nowhere/words/train.tsv cannot be read" in capsys.readouterr().err
