@@ -159,8 +159,8 @@ def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _verdict(differences: Sequence[float]) -> str:
-    if len(differences) < 2:
-        return "open: one seed has no spread"
+    if len(differences) < 2:  # one seed has no spread
+        return "open"
     if abs(mean(differences)) < _LEAST_DIFFERENCE:
         return "open: alike"
     if abs(mean(differences)) <= stdev(differences):
@@ -364,6 +364,8 @@ def _findings(story: Story) -> str:
         "where the mean of its difference over seeds is larger than the difference's standard deviation, and than a "
         "tenth of a point, else *open*."
     )
+    if len(story.plan.seeds) < 2:
+        rule += " One seed has no spread: whatever its numbers, each claim about scores stays open."
     sections = ["## What was found", rule, *(f"**{head}** {text}" for head, text in claims)]
     return "\n\n".join([*sections, "Beside the paper's claims:", "\n".join(f"- {note}" for note in notes)])
 

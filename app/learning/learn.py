@@ -183,7 +183,7 @@ def _refine(study: Study, found: Found, options: Options, watcher: Watcher) -> F
         tried = search(study, others, 0.0, watcher.candidate)
     except KeyboardInterrupt:
         return replace(found, was_interrupted=True)
-    if tried.fitted.best.dev <= found.fitted.best.dev:
+    if tried.fitted.best.quality <= found.fitted.best.quality:
         rest = (replace(point, chosen=False) for point in tried.points)
         return replace(found, points=(*found.points, *rest), was_interrupted=tried.was_interrupted)
     before = (replace(point, chosen=False) for point in found.points)

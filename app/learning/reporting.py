@@ -77,7 +77,7 @@ def _linear(study: Study) -> Baseline:
     ]
     if any(fitted.was_interrupted for fitted in fits):
         raise KeyboardInterrupt  # half a baseline is none
-    best = max(fits, key=lambda fitted: fitted.best.dev)
+    best = max(fits, key=lambda fitted: fitted.best.quality)
     logits = {name: study.logits(best, name) for name in study.tables.named if name != "train"}
     return _measured(study, logits, sum(fitted.seconds for fitted in fits))
 

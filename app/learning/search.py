@@ -168,6 +168,6 @@ def choose(fits: Fits, tolerance: float) -> Found:
     best = max(fitted.best.dev for _, fitted in fits)
     near = [(candidate, fitted) for candidate, fitted in fits if fitted.best.dev >= best - tolerance]
     cheapest = min(candidate.passes for candidate, _ in near)
-    chosen, kept = max(((c, f) for c, f in near if c.passes <= cheapest + 1e-9), key=lambda pair: pair[1].best.dev)
+    chosen, kept = max(((c, f) for c, f in near if c.passes <= cheapest + 1e-9), key=lambda pair: pair[1].best.quality)
     points = tuple(Point(c.name, c.passes, f.best.dev, f.seconds, c is chosen) for c, f in fits)
     return Found(kept, chosen, points, fits.was_interrupted)

@@ -39,7 +39,13 @@ class Epoch:
     loss: float
     dev: float
     is_best: bool
+    dev_loss: float = 0.0  # decides between equal scores: on few rows many epochs have the same
     was_interrupted: bool = False  # the user ended the training behind it
+
+    @property
+    def quality(self) -> tuple[float, float]:
+        """Larger is better."""
+        return self.dev, -self.dev_loss
 
 
 def train(
@@ -61,16 +67,19 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, recipe.warmup))
     weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
     epochs: list[Epoch] = []
-    best = -math.inf
+    best = (-math.inf, -math.inf)
     kept: dict[str, Tensor] = {}
     try:
         while len(epochs) < recipe.epochs and not _is_stalled(epochs, recipe.patience):
             loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator, weights)
             logits, targets, counts = predict_logits(model, dev_split, problem_type)
             dev = dev_figure(problem_type, logits, targets, labels, counts)
-            epochs.append(Epoch(len(epochs) + 1, loss, dev, dev > best))
-            if dev > best:
-                best, kept = dev, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            dev_loss = float(loss_of(problem_type, logits, targets))
+            is_best = (dev, -dev_loss) > best and math.isfinite(dev_loss)
+            epochs.append(Epoch(len(epochs) + 1, loss, dev, is_best, dev_loss))
+            if is_best:
+                best = epochs[-1].quality
+                kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             report(epochs[-1])
     except KeyboardInterrupt:
         if not kept:

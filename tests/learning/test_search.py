@@ -62,6 +62,15 @@ def test_the_cheapest_within_the_tolerance_of_the_best(tolerance: float, chosen:
     assert found.points[3] == Point("own", 1.5, 0.9, 1.0, chosen == "own")
 
 
+def test_of_equal_scores_the_one_with_less_loss() -> None:
+    fits = Fits()
+    for name, loss in (("first", 0.5), ("surer", 0.2), ("last", 0.3)):
+        epoch: Any = Epoch(1, 0.0, 1.0, True, dev_loss=loss)
+        fitted = Fitted(Recipe("x"), None, None, 0, (epoch,), epoch, 1.0)  # type: ignore[arg-type]
+        fits.append((Candidate(name, Recipe("x"), 1.0), fitted))
+    assert choose(fits, 0.0).candidate.name == "surer"
+
+
 def test_candidates_rise_in_cost(tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]) -> None:
     study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
     found = candidates(recipe(), study, ALL, pool)
