@@ -113,7 +113,7 @@ def learn(
     baselines: dict[str, Baseline] = {}
     if options.baselines and not learned.was_interrupted:
         try:
-            baselines = reporting.baselines(study, options.full_finetune)
+            baselines = reporting.baselines(study, recipe, options.full_finetune)
         except KeyboardInterrupt:
             learned = replace(learned, was_interrupted=True)
     with writer.new_folder(out) as folder:

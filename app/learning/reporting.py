@@ -6,7 +6,7 @@ Knows what was learned and measured; draws nothing itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,12 @@ class Story:
     size_bytes: int
 
 
-def baselines(study: Study, full_finetune: bool) -> dict[str, Baseline]:
-    """What a user has without a prefix or a readout: figures on dev and test, by name."""
+def baselines(study: Study, recipe: Recipe, full_finetune: bool) -> dict[str, Baseline]:
+    """What a user has without a prefix or a readout: figures on dev and test, by name. As many epochs as `recipe`."""
     tables = study.tables
     study.watcher.stage("baselines", 0)
     found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
-    found[LINEAR] = _linear(study)
+    found[LINEAR] = _linear(study, recipe)
     if full_finetune:
         found[FULL] = _full(study)
     return found
@@ -63,18 +63,14 @@ def write(folder: Path, manifest: Mapping[str, Any], story: Story) -> None:
     (folder / REPORT).write_text(text, encoding="utf-8", errors="replace")
 
 
-def _linear(study: Study) -> Baseline:
+def _linear(study: Study, recipe: Recipe) -> Baseline:
     """The better on dev of two learning rates."""
     is_token = study.tables.problem_type is ProblemType.TOKEN
     kind = ReadoutKind.TOKENS if is_token else ReadoutKind.MEAN
     top = (study.backbone.spec.num_layers,)
-    fits = [
-        study.fit(
-            study.completed(Recipe("baseline", readout=kind, read_layers=top, hidden=0, learning_rate=rate)),
-            lambda *_: None,
-        )
-        for rate in (1e-3, 1e-2)
-    ]
+    base = Recipe("baseline", readout=kind, read_layers=top, hidden=0, epochs=recipe.epochs, patience=recipe.patience)
+    recipes = [study.completed(replace(base, learning_rate=rate)) for rate in (1e-3, 1e-2)]
+    fits = [study.fit(one, lambda *_: None) for one in recipes]
     if any(fitted.was_interrupted for fitted in fits):
         raise KeyboardInterrupt  # half a baseline is none
     best = max(fits, key=lambda fitted: fitted.best.quality)
