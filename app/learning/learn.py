@@ -107,7 +107,8 @@ def learn(
     if options.arrangements or options.compose:
         learned = _choose(recipe, study, options)
     else:
-        study.prepare([completed := study.completed(recipe)])
+        completed = study.completed(recipe)
+        study.prepare([completed, *(reporting.linear_recipes(study, recipe) if options.baselines else ())])
         watcher.stage("training", recipe.epochs)
         learned = _finish(study, study.fit(completed))
     baselines: dict[str, Baseline] = {}

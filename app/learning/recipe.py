@@ -33,7 +33,7 @@ class Recipe:
     weight_decay: float = 0.01
     dropout: float = 0.3
     warmup: float = 0.06  # share of all steps
-    patience: int = 4  # epochs without a better dev score before training ends; 0: never
+    patience: int = 3  # epochs without a better dev score before training ends; 0: never
     class_weight_power: float = 0.0  # loss weights by label frequency to this power; 0: none
     seed: int = 0
 

@@ -63,14 +63,18 @@ def write(folder: Path, manifest: Mapping[str, Any], story: Story) -> None:
     (folder / REPORT).write_text(text, encoding="utf-8", errors="replace")
 
 
-def _linear(study: Study, recipe: Recipe) -> Baseline:
-    """The better on dev of two learning rates."""
+def linear_recipes(study: Study, recipe: Recipe) -> list[Recipe]:
+    """A linear head on the bare trunk at two learning rates, for as many epochs as `recipe` has."""
     is_token = study.tables.problem_type is ProblemType.TOKEN
     kind = ReadoutKind.TOKENS if is_token else ReadoutKind.MEAN
     top = (study.backbone.spec.num_layers,)
     base = Recipe("baseline", readout=kind, read_layers=top, hidden=0, epochs=recipe.epochs, patience=recipe.patience)
-    recipes = [study.completed(replace(base, learning_rate=rate)) for rate in (1e-3, 1e-2)]
-    fits = [study.fit(one, lambda *_: None) for one in recipes]
+    return [study.completed(replace(base, learning_rate=rate)) for rate in (1e-3, 1e-2)]
+
+
+def _linear(study: Study, recipe: Recipe) -> Baseline:
+    """The better on dev of its recipes."""
+    fits = [study.fit(one, lambda *_: None) for one in linear_recipes(study, recipe)]
     if any(fitted.was_interrupted for fitted in fits):
         raise KeyboardInterrupt  # half a baseline is none
     best = max(fits, key=lambda fitted: fitted.best.quality)
