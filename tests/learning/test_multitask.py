@@ -51,6 +51,7 @@ def recipes(studies: dict[str, Study], epochs: int) -> dict[str, Recipe]:
                 first_layer=1,
                 num_virtual_tokens=4,
                 epochs=epochs,
+                patience=0,
                 batch_size=16,
                 learning_rate=2e-2,
                 prefix_learning_rate=3e-2,
