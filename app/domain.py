@@ -5,9 +5,21 @@ Standard library only. Knows nothing of tensors, HTTP, Redis or files.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+
+def content_digest(files: Mapping[str, bytes]) -> str:
+    """The identity of an artifact: "sha256:…" over its files' names and contents."""
+    return "sha256:" + hashlib.sha256(content_listing(files).encode()).hexdigest()
+
+
+def content_listing(files: Mapping[str, bytes]) -> str:
+    """A line `name:sha256` for each file, by name. Its own sha256 is the artifact's."""
+    lines = (f"{name}:{hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items()))
+    return "".join(lines)
 
 
 class ProblemType(StrEnum):

@@ -7,6 +7,9 @@ ManifoldError
 │   ├── TokenizationError   too long for the model, or nothing the model can read
 │   └── ArtifactError       an artifact with faults, all of them listed
 ├── NotFoundError           no such task, version or model
+├── UnauthorizedError       no key, or one that is not known
+├── ForbiddenError          the key lacks a role, or the rule of two people says no
+├── ConflictError           somebody else changed it first, or its state does not allow it
 ├── OverloadedError         no permit free
 ├── UnavailableError        not ready, draining, or the engine is dead
 ├── DeadlineError           the deadline passed first
@@ -51,6 +54,22 @@ class ArtifactError(UnservableError):
 
 class NotFoundError(ManifoldError):
     pass
+
+
+class UnauthorizedError(ManifoldError):
+    pass
+
+
+class ForbiddenError(ManifoldError):
+    pass
+
+
+class ConflictError(ManifoldError):
+    """`generation` is the index's present one, where it is known."""
+
+    def __init__(self, message: str, generation: int | None = None) -> None:
+        self.generation = generation
+        super().__init__(message)
 
 
 class OverloadedError(ManifoldError):

@@ -8,7 +8,6 @@ Layout: `prompt_embeddings [num_virtual_tokens, layers · 2 · heads · head siz
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from app.domain import (
     Readout,
     ReadoutKind,
     TaskVersion,
+    content_digest,
 )
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, find_faults, prefix_digest, prompt_names
 from app.engine.heads import head_tensor_names
@@ -85,7 +85,7 @@ def read_artifact(path: Path, spec: BackboneSpec, options: Mapping[str, Any] | N
     if MANIFEST not in files:
         manifest = _manifest_from_peft(name, config, tensors, spec, options or {})
         files[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
-    return build_artifact(manifest, tensors, spec, _content_digest(files), name)
+    return build_artifact(manifest, tensors, spec, content_digest(files), name)
 
 
 def build_artifact(
@@ -111,7 +111,7 @@ def embedding_artifact(spec: BackboneSpec) -> Artifact:
         "prefixes": [],
         "backbone": {"fingerprint": spec.fingerprint},
     }
-    digest = _content_digest({MANIFEST: json.dumps(manifest, sort_keys=True).encode()})
+    digest = content_digest({MANIFEST: json.dumps(manifest, sort_keys=True).encode()})
     return build_artifact(manifest, {}, spec, digest, spec.name)
 
 
@@ -164,13 +164,6 @@ def _parse_json(content: bytes, name: str, faults: list[str]) -> dict[str, Any]:
         faults.append(f"{name} does not hold an object")
         return {}
     return parsed
-
-
-def _content_digest(files: Mapping[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
-        digest.update(f"{name}:{hashlib.sha256(content).hexdigest()}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
 
 
 # -- a folder straight from PEFT ---------------------------------------------------------------------------------------
