@@ -8,15 +8,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.errors import SettingsError
 
 ENV_PREFIX = "MANIFOLD_"
+SHORTEST_KEY = 16
 SHIPPED_PREFIXES = Path(__file__).resolve().parents[1] / "prefixes"
 
 
@@ -39,9 +40,28 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16; auto takes bfloat16 where it is fast and exact enough"
     )
-    prefixes: Path = Field(SHIPPED_PREFIXES, description="the folder of artifacts that are served")
+    prefixes: Path = Field(SHIPPED_PREFIXES, description="the folder of artifacts that an empty index begins with")
 
-    host: str = Field("127.0.0.1", description="the address to listen on; loopback only, unless allow_remote")
+    home: Path = Field(Path(".manifold"), description="the folder of the embedded index, artifacts and last good state")
+    redis_url: str | None = Field(
+        None, description="the index: redis://, rediss:// or unix://; unset starts a redis-server of our own"
+    )
+    artifacts_url: str | None = Field(
+        None, description="the artifact store: file://, s3:// or another fsspec URL; unset keeps it in home"
+    )
+    index_poll_ms: float = Field(1000.0, ge=10, le=600_000, description="how often the index is asked, hints or not")
+    index_hints: bool = Field(True, description="hear of changes at once over pub/sub; polling goes on beside it")
+    artifact_limit_bytes: int = Field(64_000_000, ge=1, description="bytes of one published artifact; more is a 413")
+    cache_limit_bytes: int = Field(2_000_000_000, ge=0, description="bytes of fetched artifacts that are kept on disk")
+    pinned_versions: int = Field(32, ge=1, description="versions kept resident because a caller pinned them")
+    feedback_window_s: float = Field(86_400.0, gt=0, description="how long compared answers wait for feedback")
+    admin_key: SecretStr | None = Field(None, description="a bearer token with the role admin, beside the index's keys")
+    key: SecretStr | None = Field(None, description="the bearer token that commands send")
+    separate_approval: bool | None = Field(
+        None, description="whether nobody approves what they published; unset: yes where there are keys"
+    )
+
+    host: str = Field("127.0.0.1", description="the address to listen on; without keys loopback only")
     port: int = Field(8080, ge=0, le=65535, description="the port to listen on; 0 takes a free one")
     allow_remote: bool = Field(False, description="listen on any address although no keys protect the server")
     cors_allow_origins: CommaSeparated = Field((), description="origins that browsers may call from, comma-separated")
@@ -60,14 +80,12 @@ class Settings(BaseSettings):
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
 
-    @model_validator(mode="after")
-    def _loopback_unless_allowed(self) -> Self:
-        if not self.allow_remote and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines and no keys protect the server: "
-                f"keep 127.0.0.1, or say so with --allow-remote ({env_name('allow_remote')}=true)"
-            )
-        return self
+    @field_validator("admin_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < SHORTEST_KEY:
+            raise ValueError(f"it must have {SHORTEST_KEY} characters at least")
+        return value
 
 
 def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:

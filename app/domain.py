@@ -1,6 +1,6 @@
 """The central types: what a task version is, what a text becomes, what the engine is asked and answers.
 
-Standard library only. Knows nothing of tensors, HTTP, Redis or files.
+Standard library and `app.rollout` only. Knows nothing of tensors, HTTP, Redis or files.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+from app.rollout import EMPTY_VIEW, IndexView, TaskRecord, Traffic
 
 
 def content_digest(files: Mapping[str, bytes]) -> str:
@@ -53,11 +55,12 @@ class InputKind(StrEnum):
 
 
 class Arm(StrEnum):
-    """Why a version answers: because it is the champion, the challenger, or because the caller pinned it."""
+    """Why a version answers: it is the champion, a challenger, the caller pinned it; shadows are only scored."""
 
     CHAMPION = "champion"
     CHALLENGER = "challenger"
     PINNED = "pinned"
+    SHADOW = "shadow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,20 +192,29 @@ class EngineResult:
     inference_s: float  # the summed time of the batches it was in
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A task as the snapshot has it: which version answers, and which can be pinned."""
+    """A live task: what the index says of it, and those of its versions that are resident here."""
 
     name: str
-    champion: int
-    versions: Mapping[int, TaskVersion]
-    challenger: int | None = None
+    record: TaskRecord
+    traffic: Traffic  # the record's
+    versions: Mapping[int, TaskVersion]  # resident; the champion is always there
+
+    @property
+    def champion(self) -> TaskVersion:
+        return self.versions[self.traffic.champion]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """The live index at one generation. Never mutated: a change replaces the object in one assignment."""
+    """What is live here at one generation. Never mutated: a change replaces the object in one assignment.
+
+    While anybody holds it, its versions stay loaded: `residents` are the engine's handles.
+    """
 
     generation: int
     tasks: Mapping[str, Task]
     representations: Mapping[str, TaskVersion] = field(default_factory=dict)  # by the model name of /v1/embeddings
+    view: IndexView = EMPTY_VIEW  # also of tasks and versions that are not live
+    residents: tuple[object, ...] = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -21,19 +20,29 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.middleware import Middleware
 
-from app.api import embeddings, health, predict, tasks
+from app.api import audit, comparison, control, embeddings, health, index, keys, predict, releases, tasks
 from app.api.errors import install_handlers
-from app.api.middleware import Body, Border
-from app.config import Settings, is_loopback
+from app.api.middleware import Body, Border, Gatekeeper
+from app.config import Settings, env_name, is_loopback
 from app.engine.backbone import Backbone, choose, keep_freed_memory, set_threads
 from app.engine.engine import Engine
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
+from app.registry.comparison import Comparisons
+from app.registry.opening import open_registry
+from app.registry.store import ArtifactStore
+from app.service.access import Access, BackgroundNotes
 from app.service.admission import Admission
-from app.service.catalog import HALF_TOLERANCE, Catalog, build_catalog
+from app.service.catalog import Catalog
+from app.service.experiment import Recorder
+from app.service.first_start import Beginning, begin, find_beginning, live_folders
+from app.service.hot_swap import Follower
 from app.service.inference import InferenceService, Limits
+from app.service.loading import HALF_TOLERANCE, Loader
+from app.service.rollout import Rollout
 from app.service.runtime import Runtime
-from app.telemetry import configure_logging
+from app.service.upkeep import Upkeep
+from app.telemetry import Metrics, configure_logging
 
 logger = logging.getLogger("manifold")
 
@@ -64,26 +73,108 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         redoc_url=None,
     )
     install_handlers(app)
-    for module in (predict, embeddings, tasks, health):
+    for module in (predict, embeddings, comparison, tasks, control, releases, audit, keys, index, health):
         app.include_router(module.router)
     return app
 
 
 def open_runtime(settings: Settings) -> Runtime:
-    """Loads everything and does a first forward. Raises SettingsError or BackboneError; takes seconds."""
+    """Loads everything and does a first forward; takes seconds.
+
+    Raises SettingsError, BackboneError, or UnavailableError where neither the index nor a last good state is there.
+    """
     keep_freed_memory()
     set_threads(settings.threads)
-    engine, tokenizer, catalog = _open_engine(settings)
-    admission = Admission(settings.max_concurrent_requests)
+    with contextlib.ExitStack() as opened:
+        runtime = _open_runtime(settings, opened)
+        runtime.close = opened.pop_all().close
+    return runtime
+
+
+def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
+    """Everything that must be closed again goes onto `opened`, in the order in which it was opened."""
+    registry = opened.enter_context(
+        open_registry(settings.home, settings.redis_url, settings.artifacts_url, settings.cache_limit_bytes)
+    )
+    following, store, comparisons = registry.index, registry.store, Comparisons(registry.redis)
+    beginning = find_beginning(following, registry.last_good)
+    check_host(settings, beginning is not None and bool(beginning.view.keys))
+    metrics = Metrics()
+    loader = _open_loader(settings, beginning, store)
+    opened.callback(loader.engine.close)
+    follower = Follower(
+        following,
+        store,
+        loader,
+        registry.last_good,
+        metrics,
+        server=f"{socket.gethostname()}:{os.getpid()}",
+        poll_s=settings.index_poll_ms / 1000,
+        has_hints=settings.index_hints,
+        most_others=settings.pinned_versions,
+        revive=registry.revive,
+    )
+    spec = loader.engine.spec
+    metrics.built(
+        {"version": health.software_version(), "model": spec.name, "device": spec.device, "dtype": spec.dtype}
+    )
+    begin(follower, beginning, following, store, settings.prefixes)
+    recorder, catalog = Recorder(), follower.catalog
+    upkeep = Upkeep(recorder, comparisons, following, follower, metrics, settings.feedback_window_s)
+    notes = BackgroundNotes(following.note)
+    access = _open_access(settings, catalog, notes)
+    for thread in (follower, upkeep):
+        thread.start()
+        opened.callback(thread.close)
+    opened.callback(notes.close)
     workers = ThreadPoolExecutor(settings.tokenization_workers, thread_name_prefix="tokenizer")
+    opened.callback(workers.shutdown, cancel_futures=True)
+    admission = Admission(settings.max_concurrent_requests)
     limits = Limits(settings.max_client_batch_size, settings.deadline_ms)
-    inference = InferenceService(engine, tokenizer, lambda: catalog.snapshot, workers, admission, limits)
+    inference = InferenceService(
+        loader.engine,
+        loader.tokenizer,
+        lambda: catalog.snapshot,
+        workers,
+        admission,
+        limits,
+        follower,
+        recorder,
+        metrics,
+    )
 
-    def close() -> None:
-        engine.close()
-        workers.shutdown(cancel_futures=True)
+    def is_separate() -> bool:
+        asked = settings.separate_approval
+        return asked if asked is not None else access.is_guarded
 
-    return Runtime(settings, engine, catalog, inference, admission, close)
+    rollout = Rollout(following, store, loader, follower, comparisons, url=registry.shown_url, separate=is_separate)
+    return Runtime(
+        settings,
+        loader.engine,
+        catalog,
+        inference,
+        admission,
+        rollout,
+        access,
+        metrics,
+        lambda: follower.health,
+        opened.close,
+    )
+
+
+def _open_access(settings: Settings, catalog: Catalog, notes: BackgroundNotes) -> Access:
+    admin_key = None if settings.admin_key is None else settings.admin_key.get_secret_value()
+    return Access(lambda: catalog.snapshot.view.keys, admin_key, notes.note)
+
+
+def check_host(settings: Settings, has_keys: bool) -> None:
+    """Raises SettingsError where other machines could reach a server that nobody needs a key for."""
+    if is_loopback(settings.host) or settings.allow_remote or has_keys or settings.admin_key is not None:
+        return
+    raise SettingsError(
+        f"host {settings.host} can be reached from other machines and no keys protect the server: keep 127.0.0.1, "
+        f"set admin_key ({env_name('admin_key')}), or say so with --allow-remote ({env_name('allow_remote')}=true)"
+    )
 
 
 def serve(settings: Settings) -> int:
@@ -91,13 +182,10 @@ def serve(settings: Settings) -> int:
     configure_logging(settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit_at_once)  # while loading, there is nothing to drain
-    if is_loopback(settings.host):
-        logger.info("no keys are configured, so only this machine can connect (%s)", settings.host)
-    else:
-        logger.warning("no keys are configured: whoever reaches %s can use this server", settings.host)
     began_s = time.monotonic()
     with _bound_socket(settings) as listener:
         runtime = open_runtime(settings)
+        _tell_who_may_come(settings, runtime)
         server = Server(create_app(settings, runtime), runtime, listener, began_s)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -105,6 +193,15 @@ def serve(settings: Settings) -> int:
         except OSError as error:  # another process began to listen while we loaded
             raise _cannot_listen(settings, error) from error
     return 0
+
+
+def _tell_who_may_come(settings: Settings, runtime: Runtime) -> None:
+    if runtime.access.is_guarded:
+        logger.info("a key is asked for: %d are in the index", len(runtime.catalog.snapshot.view.keys))
+    elif is_loopback(settings.host):
+        logger.info("no keys are configured, so only this machine can connect (%s)", settings.host)
+    else:
+        logger.warning("no keys are configured: whoever reaches %s can use and change this server", settings.host)
 
 
 class Server(uvicorn.Server):
@@ -165,7 +262,11 @@ class Server(uvicorn.Server):
 
 def _middleware(settings: Settings) -> list[Middleware]:
     """Outermost first: CORS headers also stand on errors, and the border sees what the body's limit raises."""
-    inner = [Middleware(Border), Middleware(Body, limit_bytes=settings.payload_limit_bytes)]
+    inner = [
+        Middleware(Border),
+        Middleware(Gatekeeper),
+        Middleware(Body, limit_bytes=settings.payload_limit_bytes, artifact_limit_bytes=settings.artifact_limit_bytes),
+    ]
     if not settings.cors_allow_origins:
         return inner
     cors: Any = CORSMiddleware  # its signature and Middleware's type parameter do not meet
@@ -173,24 +274,24 @@ def _middleware(settings: Settings) -> list[Middleware]:
     return [Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], max_age=600), *inner]
 
 
-def _open_engine(settings: Settings) -> tuple[Engine, TextTokenizer, Catalog]:
-    """dtype auto keeps a 16-bit type only where golden examples show that it is exact enough."""
+def _open_loader(settings: Settings, beginning: Beginning | None, store: ArtifactStore) -> Loader:
+    """dtype auto keeps a 16-bit type only where golden examples of what will be live show that it is exact enough."""
     _, dtype = choose(settings.device, settings.dtype)
     if settings.dtype != "auto" or dtype == "float32":
         return _load(settings, dtype)
-    engine, tokenizer, catalog = _load(settings, dtype, tolerance=math.inf)  # to measure, not to leave any out
-    measured = catalog.worst_difference
+    loader = _load(settings, dtype)
+    measured = loader.worst_difference(list(live_folders(beginning, store, settings.prefixes)))
     told = "there are no golden examples" if measured is None else f"golden scores differ by up to {measured:.2g}"
-    if measured is not None and measured <= HALF_TOLERANCE and not catalog.left_out:
+    if measured is not None and measured <= HALF_TOLERANCE:
         logger.info("dtype auto takes %s: %s", dtype, told)
-        return engine, tokenizer, catalog
+        return loader
     logger.info("dtype auto takes float32: in %s %s", dtype, told)
-    engine.close()
-    del engine, tokenizer, catalog  # two backbones need not fit
+    loader.engine.close()
+    del loader  # two backbones need not fit
     return _load(settings, "float32")
 
 
-def _load(settings: Settings, dtype: str, tolerance: float | None = None) -> tuple[Engine, TextTokenizer, Catalog]:
+def _load(settings: Settings, dtype: str) -> Loader:
     backbone = Backbone.load(settings.model, settings.device, dtype)
     tokenizer = TextTokenizer(backbone.path)
     engine = Engine(
@@ -200,11 +301,7 @@ def _load(settings: Settings, dtype: str, tolerance: float | None = None) -> tup
         max_queue_delay_ms=settings.max_queue_delay_ms,
     )
     engine.start()
-    try:
-        return engine, tokenizer, build_catalog(settings.prefixes, engine, tokenizer, tolerance)
-    except BaseException:
-        engine.close()
-        raise
+    return Loader(engine, tokenizer)
 
 
 def _bound_socket(settings: Settings) -> socket.socket:

@@ -1,4 +1,4 @@
-"""What is live and who may change it: versions' states, traffic, releases, audit entries, keys, as the index holds them.
+"""What is live and who may change it: versions, traffic, releases, audit entries and keys, as the index holds them.
 
 Standard library only. Knows nothing of Redis, files, tensors or HTTP; `app.registry.changes` has the rules.
 """
@@ -58,6 +58,10 @@ class KeyRecord:
     @property
     def principal(self) -> Principal:
         return Principal(self.name, self.roles)
+
+
+def hash_token(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,16 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditVerdict:
+    """What came of computing every hash of the log again. `head` is the last entry's: keep it elsewhere to compare."""
+
+    ok: bool
+    entries: int
+    head: str
+    fault: str  # a sentence that names the first entry that does not fit; empty where all do
+
+
+@dataclass(frozen=True, slots=True)
 class IndexView:
     """All that a server follows, at one generation. Shares what did not change with the view before."""
 
@@ -204,3 +218,6 @@ class IndexView:
     generation: int
     tasks: Mapping[str, TaskRecord]
     keys: Mapping[str, KeyRecord]  # by id
+
+
+EMPTY_VIEW = IndexView("", 0, MappingProxyType({}), MappingProxyType({}))

@@ -1,4 +1,4 @@
-"""Log set-up: one line an event on stderr, as text or as JSON. Knows nothing of what is logged."""
+"""What operators read: log lines, as text or as JSON, and metrics. Knows nothing of what is logged or counted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+# Otherwise each counter and histogram has a second series beside it, which nobody asks for.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_PROPAGATION_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -38,3 +56,119 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
+
+
+class Metrics:
+    """What `/metrics` says. Safe from every thread; labels are plain words, and the caller keeps them few."""
+
+    def __init__(self, registry: CollectorRegistry | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """`registry`: a new one where none is given, so that no two of these ever meet."""
+        self._registry = registry if registry is not None else CollectorRegistry()
+        self._clock = clock
+        self._contact_s = clock()
+        self._add_requests()
+        self._add_versions()
+        self._add_index()
+        self._build = Info("manifold_build", "The software and what it runs on.", registry=self._registry)
+
+    def built(self, facts: Mapping[str, str]) -> None:
+        """Says once what runs here: version, model, device and such."""
+        self._build.info(dict(facts))
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _add_requests(self) -> None:
+        counter = partial(Counter, registry=self._registry)
+        self._requests = counter("manifold_requests_total", "Requests, by route and status code.", ("route", "code"))
+        self._predictions = counter(
+            "manifold_predictions_total",
+            "Answers of task versions, by why they were asked and whether they succeeded.",
+            ("task", "version", "arm", "outcome"),
+        )
+        self._disagreements = counter(
+            "manifold_arm_disagreement_total",
+            "Texts on which the champion and a version beside it gave different answers.",
+            ("task",),
+        )
+        self._rollbacks = counter(
+            "manifold_rollbacks_total", "Returns to an earlier champion or to it alone, by cause.", ("task", "cause")
+        )
+
+    def answered(self, route: str, code: int) -> None:
+        """`route` is the template (`/v1/tasks/{task}`), never the path that was asked for."""
+        self._requests.labels(route, str(code)).inc()
+
+    def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
+        self._predictions.labels(task, str(version), arm, outcome).inc(count)
+
+    def disagreed(self, task: str, count: int = 1) -> None:
+        self._disagreements.labels(task).inc(count)
+
+    def rolled_back(self, task: str, cause: str) -> None:
+        self._rollbacks.labels(task, cause).inc()
+
+    # -- versions ------------------------------------------------------------------------------------------------------
+
+    def _add_versions(self) -> None:
+        self._residents = Gauge(
+            "manifold_prefixes_resident", "Task versions that are loaded and live.", registry=self._registry
+        )
+        self._load_duration = Histogram(
+            "manifold_prefix_load_duration_seconds",
+            "Time to fetch, check and load a task version.",
+            buckets=_LOAD_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._load_failures = Counter(
+            "manifold_prefix_load_failures_total",
+            "Task versions that could not be served, by reason.",
+            ("reason",),
+            registry=self._registry,
+        )
+
+    def loaded(self, duration_s: float) -> None:
+        self._load_duration.observe(duration_s)
+
+    def load_failed(self, reason: str) -> None:
+        self._load_failures.labels(reason).inc()
+
+    def forget(self, task: str, version: int) -> None:
+        """Drops what was counted of a version. To be called once nothing can answer with it any more."""
+        self._predictions.remove_by_labels({"task": task, "version": str(version)})
+
+    # -- the index -----------------------------------------------------------------------------------------------------
+
+    def _add_index(self) -> None:
+        gauge = partial(Gauge, registry=self._registry)
+        self._index_up = gauge("manifold_index_up", "1 while the version index answers, else 0.")
+        staleness = gauge("manifold_index_staleness_seconds", "Time since the version index last answered.")
+        staleness.set_function(lambda: max(0.0, self._clock() - self._contact_s))
+        self._generation = gauge("manifold_generation", "Generation of the version index that is served.")
+        self._propagation = Histogram(
+            "manifold_swap_propagation_seconds",
+            "Time from a change in the version index until it is served here.",
+            buckets=_PROPAGATION_BUCKETS_S,
+            registry=self._registry,
+        )
+
+    def index_answered(self) -> None:
+        self._contact_s = self._clock()
+        self._index_up.set(1)
+
+    def index_lost(self, staleness_s: float) -> None:
+        """`staleness_s`: how long ago it last answered; it grows from there by itself."""
+        self._contact_s = self._clock() - staleness_s
+        self._index_up.set(0)
+
+    def following(self, generation: int, residents: int) -> None:
+        self._generation.set(generation)
+        self._residents.set(residents)
+
+    def propagated(self, duration_s: float) -> None:
+        self._propagation.observe(duration_s)
+
+    # -- what is read --------------------------------------------------------------------------------------------------
+
+    def render(self) -> tuple[bytes, str]:
+        """All of it in Prometheus' text format, and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4

@@ -19,9 +19,10 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("MANIFOLD_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("MANIFOLD_HOME", str(tmp_path / ".home"))
     monkeypatch.setitem(Settings.model_config, "env_file", None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,10 +25,16 @@ from app.domain import (
     TextInput,
 )
 from app.errors import TokenizationError, UnavailableError
+from app.rollout import SLOTS, Challenger, IndexView, Segment, State, TaskRecord, Traffic, VersionRecord
+from app.service.access import Access
 from app.service.admission import Admission
-from app.service.catalog import Catalog
+from app.service.catalog import Catalog, described
+from app.service.experiment import Observation
+from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService, Limits
 from app.service.runtime import Runtime
+from app.telemetry import Metrics
+from tests.fake_rollout import FakeRollout
 
 SPEC = BackboneSpec(
     name="tiny",
@@ -166,15 +173,51 @@ def make_version(
     return TaskVersion(task, version, digest, problem_type, labels, readout, input_kind, thresholds=thresholds)
 
 
-def make_task(*versions: TaskVersion, champion: int | None = None, challenger: int | None = None) -> Task:
+def make_task(
+    *versions: TaskVersion, champion: int | None = None, challenger: int | None = None, shadow: tuple[int, ...] = ()
+) -> Task:
+    """All of them approved and resident; a challenger gets a tenth of the units."""
     by_number = {version.version: version for version in versions}
-    return Task(versions[0].task, champion or max(by_number), by_number, challenger)
+    challengers = () if challenger is None else (Challenger(challenger, 10.0),)
+    segments = tuple(Segment(0, SLOTS // 10, c.version) for c in challengers)
+    traffic = Traffic(champion or max(by_number), challengers, shadow, salt="salt", segments=segments)
+    name = versions[0].task
+    record = TaskRecord(name, {v.version: make_record(v) for v in versions}, traffic, changed=1)
+    return Task(name, record, traffic, by_number)
+
+
+def make_record(version: TaskVersion, state: State = State.APPROVED, **evaluation: object) -> VersionRecord:
+    """What the index holds of a version that was published and approved by two people."""
+    card = {
+        "format_version": 1,
+        "task": version.task,
+        "problem_type": version.problem_type,
+        "labels": version.labels,
+        "input": version.input_kind,
+        "readout": {"kind": version.readout.kind, "layers": version.readout.layers},
+        "prefixes": [],
+        "position_offset": version.position_offset,
+        "thresholds": version.thresholds,
+        "evaluation": evaluation,
+    }
+    return VersionRecord(
+        task=version.task,
+        version=version.version,
+        digest=version.digest,
+        state=state,
+        card=json.dumps(card),
+        size_bytes=1000,
+        published_by="paula",
+        published_at=1_700_000_000.0,
+        decided_by="anna",
+        decided_at=1_700_000_100.0,
+    )
 
 
 def make_snapshot() -> Snapshot:
     """A task of every kind; `intent` has three versions, of which 3 is the challenger."""
     intents = [make_version("intent", number, labels=("book", "cancel", "pay")) for number in (1, 2, 3)]
-    tasks = [
+    return snapshot_of(
         make_task(*intents, champion=2, challenger=3),
         make_task(make_version("spam", labels=("ham", "spam"))),
         make_task(
@@ -183,9 +226,28 @@ def make_snapshot() -> Snapshot:
         make_task(make_version("stars", 1, ProblemType.REGRESSION, ())),
         make_task(make_version("slots", 1, ProblemType.TOKEN, ("O", "B-city"))),
         make_task(make_version("entailment", 1, labels=("no", "yes"), input_kind=InputKind.PAIR)),
-    ]
+    )
+
+
+def snapshot_of(*tasks: Task, generation: int = 7) -> Snapshot:
     embedding = make_version("embedding", 1, ProblemType.EMBEDDING, ())
-    return Snapshot(7, {task.name: task for task in tasks}, {SPEC.name: embedding})
+    view = IndexView("index", generation, {task.name: task.record for task in tasks}, {})
+    return Snapshot(generation, {task.name: task for task in tasks}, {SPEC.name: embedding}, view)
+
+
+class FakePins:
+    """Makes any approved version resident at once."""
+
+    def load(self, record: VersionRecord) -> tuple[TaskVersion, object]:
+        return described(record.card, record.digest, record.version), object()
+
+
+@dataclass
+class FakeObserver:
+    observations: list[Observation] = field(default_factory=list)
+
+    def record(self, observation: Observation) -> None:
+        self.observations.append(observation)
 
 
 def make_runtime(
@@ -193,11 +255,11 @@ def make_runtime(
     engine: FakeEngine | None = None,
     snapshot: Snapshot | None = None,
     tokenizer: FakeTokenizer | None = None,
+    observer: FakeObserver | None = None,
 ) -> Runtime:
     engine = engine if engine is not None else FakeEngine()
     admission = Admission(settings.max_concurrent_requests)
-    evaluations = {"sha256:spam-1": {"test": {"accuracy": 0.97}}}
-    catalog = Catalog(snapshot or make_snapshot(), SPEC.num_layers, evaluations)
+    catalog = Catalog(snapshot or make_snapshot(), SPEC.num_layers)
     workers = ThreadPoolExecutor(settings.tokenization_workers, thread_name_prefix="tokenizer")
     inference = InferenceService(
         engine,
@@ -206,10 +268,20 @@ def make_runtime(
         workers,
         admission,
         Limits(settings.max_client_batch_size, settings.deadline_ms),
+        FakePins(),
+        observer or FakeObserver(),
+        Metrics(),
     )
+
+    rollout = FakeRollout(catalog)
+    secret = settings.admin_key
+    admin_key = None if secret is None else secret.get_secret_value()
+    access = Access(lambda: catalog.snapshot.view.keys, admin_key, rollout.note)
 
     def close() -> None:
         engine.close()
         workers.shutdown(cancel_futures=True)
 
-    return Runtime(settings, engine, catalog, inference, admission, close)
+    return Runtime(
+        settings, engine, catalog, inference, admission, rollout, access, Metrics(), lambda: IndexHealth(up=True), close
+    )

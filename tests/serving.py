@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +50,9 @@ class ServerProcess:
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.log: list[str] = []
+        self._home = tempfile.TemporaryDirectory(prefix="home-")
+        if "serve" in arguments and "--home" not in arguments:
+            arguments = (*arguments, "--home", self._home.name)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MANIFOLD_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -70,6 +74,7 @@ class ServerProcess:
         self._reader.join(5)
         assert self.process.stderr is not None
         self.process.stderr.close()
+        self._home.cleanup()
 
     def wait_until_ready(self) -> str:
         wait_for(lambda: READY.search("".join(self.log)) or self.process.poll() is not None, _START_S)

@@ -194,6 +194,7 @@ def test_the_project_keeps_its_arrows() -> None:
         ("app/engine/wrong.py", "from ..service import inference", "no arrow from engine to service"),
         ("app/engine/wrong.py", "def late():\n    from app.config import Settings", "no arrow from engine to config"),
         ("app/domain.py", "from app.errors import ManifoldError", "no arrow from domain to errors"),
+        ("app/rollout.py", "from app.domain import Arm", "no arrow from rollout to domain"),
         ("app/service/wrong.py", "from fastapi import HTTPException", "only api and main"),
         ("app/service/wrong.py", "import torch.nn.functional as F", "only engine and learning"),
         ("app/service/wrong.py", "import importlib\nimportlib.import_module('torch')", "only engine and learning"),

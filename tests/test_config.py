@@ -8,6 +8,7 @@ import pytest
 
 from app.config import SHIPPED_PREFIXES, Settings, is_loopback, load_settings, local_url
 from app.errors import SettingsError
+from app.main import check_host
 
 
 def test_defaults_serve_the_shipped_tasks_on_this_machine_alone() -> None:
@@ -67,8 +68,10 @@ def test_a_value_that_cannot_work_is_one_sentence(
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "manifold.example"])
 def test_another_host_than_this_machine_must_be_asked_for_in_so_many_words(host: str) -> None:
     with pytest.raises(SettingsError, match="--allow-remote"):
-        load_settings({"host": host})
-    assert load_settings({"host": host, "allow_remote": "true"}).host == host
+        check_host(load_settings({"host": host}), has_keys=False)
+    check_host(load_settings({"host": host, "allow_remote": "true"}), has_keys=False)
+    check_host(load_settings({"host": host}), has_keys=True)
+    check_host(load_settings({"host": host, "admin_key": "sixteen letters!"}), has_keys=False)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])

@@ -1,14 +1,19 @@
-"""What a log collector reads."""
+"""What a log collector and Prometheus read."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
+import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
-from app.telemetry import configure_logging
+from app.telemetry import Metrics, configure_logging
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +47,123 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("text")
     logging.getLogger("manifold").info("ready")
     assert capsys.readouterr().err.endswith("INFO manifold: ready\n")
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeClock:
+    now_s: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def metrics(clock: FakeClock) -> Metrics:
+    return Metrics(CollectorRegistry(), clock)
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Values by `name{label=value,…}`, as a scraper reads them."""
+    body, content_type = metrics.render()
+    assert content_type.startswith("text/plain; version=0.0.4")
+    found = {}
+    for family in text_string_to_metric_families(body.decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def exercised(metrics: Metrics) -> Metrics:
+    """Everything was counted once."""
+    metrics.built({"version": "0.1.0", "model": "all-MiniLM-L6-v2"})
+    metrics.answered("/v1/predict", 200)
+    metrics.predicted("spam", 3, "champion", "ok", 2)
+    metrics.disagreed("spam", 3)
+    metrics.rolled_back("spam", "gate")
+    metrics.loaded(0.02)
+    metrics.load_failed("artifact")
+    metrics.index_answered()
+    metrics.following(17, 8)
+    metrics.propagated(0.03)
+    return metrics
+
+
+def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> None:
+    found = samples(exercised(metrics))
+    expected = {
+        "manifold_build_info{model=all-MiniLM-L6-v2,version=0.1.0}": 1.0,
+        "manifold_requests_total{code=200,route=/v1/predict}": 1.0,
+        "manifold_predictions_total{arm=champion,outcome=ok,task=spam,version=3}": 2.0,
+        "manifold_arm_disagreement_total{task=spam}": 3.0,
+        "manifold_rollbacks_total{cause=gate,task=spam}": 1.0,
+        "manifold_prefix_load_duration_seconds_count": 1.0,
+        "manifold_prefix_load_duration_seconds_sum": 0.02,
+        "manifold_prefix_load_failures_total{reason=artifact}": 1.0,
+        "manifold_prefixes_resident": 8.0,
+        "manifold_generation": 17.0,
+        "manifold_index_up": 1.0,
+        "manifold_index_staleness_seconds": 0.0,
+        "manifold_swap_propagation_seconds_count": 1.0,
+        "manifold_swap_propagation_seconds_sum": 0.03,
+    }
+    assert {name: value for name, value in found.items() if "_bucket" not in name} == expected
+
+
+def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
+    for version in (1, 11):
+        for arm in ("champion", "shadow"):
+            metrics.predicted("spam", version, arm, "ok")
+    metrics.predicted("intent", 1, "champion", "error")
+    metrics.forget("spam", 1)
+    metrics.forget("spam", 2)  # never asked for
+    found = {name for name in samples(metrics) if name.startswith("manifold_predictions_total")}
+    assert found == {
+        "manifold_predictions_total{arm=champion,outcome=ok,task=spam,version=11}",
+        "manifold_predictions_total{arm=shadow,outcome=ok,task=spam,version=11}",
+        "manifold_predictions_total{arm=champion,outcome=error,task=intent,version=1}",
+    }
+
+
+def test_staleness_grows_by_itself_while_the_index_is_gone(metrics: Metrics, clock: FakeClock) -> None:
+    def state() -> tuple[float, float]:
+        found = samples(metrics)
+        return found["manifold_index_up"], found["manifold_index_staleness_seconds"]
+
+    clock.now_s += 5
+    assert state() == (0.0, 5.0)  # it never answered yet
+    metrics.index_answered()
+    assert state() == (1.0, 0.0)
+    clock.now_s += 30
+    metrics.index_lost(30.0)
+    assert state() == (0.0, 30.0)
+    clock.now_s += 12
+    assert state() == (0.0, 42.0)
+    metrics.index_answered()
+    assert state() == (1.0, 0.0)
+
+
+def test_two_servers_in_one_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.answered("/v1/predict", 200)
+    assert not any(name.startswith("manifold_requests_total") for name in samples(other))
+
+
+def test_any_label_value_is_escaped(metrics: Metrics) -> None:
+    metrics.disagreed('a"b\\c\nd')
+    assert samples(metrics)['manifold_arm_disagreement_total{task=a"b\\c\nd}'] == 1.0
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_has_nothing_to_say(metrics: Metrics) -> None:
+    body, _ = exercised(metrics).render()
+    done = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

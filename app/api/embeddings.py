@@ -8,17 +8,21 @@ from typing import Literal
 import numpy as np
 from fastapi import APIRouter, Response
 
-from app.api.dependencies import Inference
-from app.api.errors import error_responses
+from app.api.dependencies import Inference, keyed, requires
+from app.api.errors import guarded_responses
 from app.api.schemas import EmbeddingsRequest, EmbeddingsResponse
 from app.api.wire import JsonRoute, json_response
+from app.rollout import Role
 from app.service.inference import Embeddings
 
-router = APIRouter(prefix="/v1", tags=["inference"], route_class=JsonRoute)
+router = APIRouter(prefix="/v1", tags=["inference"], route_class=JsonRoute, dependencies=keyed)
 
 
 @router.post(
-    "/embeddings", response_model=EmbeddingsResponse, responses=error_responses(400, 404, 413, 422, 429, 500, 503, 504)
+    "/embeddings",
+    response_model=EmbeddingsResponse,
+    dependencies=[requires(Role.PREDICT)],
+    responses=guarded_responses(400, 404, 413, 422, 503, 504),
 )
 async def embed(body: EmbeddingsRequest, inference: Inference) -> Response:
     """A vector of length 1 for each text, in OpenAI's shape: their clients work against it."""

@@ -14,23 +14,40 @@ from starlette.exceptions import HTTPException
 
 from app.api.faults import describe_faults
 from app.errors import (
+    ConflictError,
     DeadlineError,
     EngineError,
+    ForbiddenError,
     MalformedError,
     ManifoldError,
     NotFoundError,
     OverloadedError,
     TokenizationError,
     TooLargeError,
+    UnauthorizedError,
     UnavailableError,
     UnservableError,
 )
 
-ErrorType = Literal["overloaded", "validation", "tokenization", "engine", "not_found", "unavailable", "deadline"]
+ErrorType = Literal[
+    "overloaded",
+    "validation",
+    "tokenization",
+    "engine",
+    "not_found",
+    "unauthorized",
+    "forbidden",
+    "conflict",
+    "unavailable",
+    "deadline",
+]
 
 TABLE: Mapping[type[ManifoldError], tuple[int, ErrorType]] = {
     MalformedError: (400, "validation"),
+    UnauthorizedError: (401, "unauthorized"),
+    ForbiddenError: (403, "forbidden"),
     NotFoundError: (404, "not_found"),
+    ConflictError: (409, "conflict"),
     TooLargeError: (413, "validation"),
     TokenizationError: (422, "tokenization"),
     UnservableError: (422, "validation"),
@@ -43,12 +60,15 @@ TABLE: Mapping[type[ManifoldError], tuple[int, ErrorType]] = {
 
 _MEANINGS = {
     400: "the body is malformed or empty",
+    401: "no key, or one that is not known: send `Authorization: Bearer <key>`",
+    403: "the key lacks a role, or the rule of two people says no",
     404: "no such task, version or model",
+    409: "somebody else changed it first (`etag` is the generation to read), or its state does not allow it",
     413: "the body or the batch is over its limit",
     422: "valid JSON that cannot be served: wrong types, too long, or a task and an input that do not fit",
-    429: "all permits are taken: `Retry-After` says when to try again",
+    429: "all permits are taken, or too many wrong keys were sent: `Retry-After` says when to try again",
     500: "ours: it is logged under the request id",
-    503: "not ready, draining, or the engine is dead",
+    503: "not ready, draining, the engine is dead, or the index cannot be reached",
     504: "the deadline passed first",
 }
 _RETRY_UNAVAILABLE_S = 1.0
@@ -66,6 +86,11 @@ class ErrorBody(BaseModel):
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What an endpoint's OpenAPI says of the errors it can answer."""
     return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in statuses}
+
+
+def guarded_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for an endpoint behind keys."""
+    return error_responses(*sorted({401, 403, 429, 500, *statuses}))
 
 
 def error_response(error: Exception) -> Response:
@@ -101,6 +126,10 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 def _headers_of(error: ManifoldError) -> dict[str, str]:
     if isinstance(error, OverloadedError):
         return {"retry-after": str(math.ceil(error.retry_after_s))}
+    if isinstance(error, UnauthorizedError):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, ConflictError) and error.generation is not None:
+        return {"etag": f'"{error.generation}"'}
     if isinstance(error, UnavailableError):
         # The next request of this client should open a new connection, to a server that is not on its way out.
         return {"retry-after": str(math.ceil(_RETRY_UNAVAILABLE_S)), "connection": "close"}

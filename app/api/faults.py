@@ -36,7 +36,12 @@ def _sentence(fault: Mapping[str, Any]) -> str:
     where = _path(fault["loc"]) or "the body"
     message = _SENTENCES.get(fault["type"])
     if message is None:
-        message = str(fault["msg"]).replace("Input should be", "must be").replace("String should", "must")
+        message = (
+            str(fault["msg"])
+            .replace("Input should be", "must be")
+            .replace("String should", "must")
+            .replace("List should", "must")
+        )
     return f"{where} {message}"
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
-from app.api.dependencies import CurrentRuntime
-from app.api.errors import error_responses
+from app.api.dependencies import CurrentRuntime, keyed
+from app.api.errors import error_responses, guarded_responses
 from app.api.schemas import BackboneView, Health, HealthDetails, Info, LimitsView
 from app.config import Settings
 from app.domain import BackboneSpec
@@ -38,10 +39,19 @@ async def healthz(runtime: CurrentRuntime) -> HealthDetails:
         tasks=len(runtime.catalog.snapshot.tasks),
         queue_rows=runtime.engine.queue_rows,
         in_flight=runtime.admission.in_flight,
+        index_up=runtime.index_health().up,
+        index_staleness_s=round(runtime.index_health().staleness_s, 3),
     )
 
 
-@router.get("/info", responses=error_responses(500))
+@router.get("/metrics", response_class=PlainTextResponse, responses=error_responses(500))
+async def metrics(runtime: CurrentRuntime) -> Response:
+    """Everything that is measured, in Prometheus' text format."""
+    content, media_type = runtime.metrics.render()
+    return Response(content, media_type=media_type)
+
+
+@router.get("/info", responses=guarded_responses(), dependencies=keyed)
 async def info(runtime: CurrentRuntime) -> Info:
     """The backbone, what is live, what was left out and why, and the limits."""
     snapshot = runtime.catalog.snapshot

@@ -1,23 +1,30 @@
-"""What every request passes, as plain ASGI: id, time, an answer to any error, a bounded body, a client that stays.
+"""What every request passes, as plain ASGI: id, time, an answer to any error, a key, a bounded body.
 
-Knows nothing of endpoints.
+Knows nothing of endpoints, but which paths are free and which one takes artifacts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
-from app.errors import EngineError, ManifoldError, TooLargeError
+from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
+from app.rollout import Principal, Role
+from app.service.access import EVERYBODY, Access
+from app.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
+_FREE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})
+_ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 
 
 class Border:
@@ -38,6 +45,7 @@ class Border:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
+                _count(scope, message["status"])
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["x-total-time"] = milliseconds(time.monotonic() - began_s)
@@ -52,36 +60,55 @@ class Border:
             await error_response(error)(scope, receive, send_stamped)
 
 
+class Gatekeeper:
+    """Asks for a key before anything of the body is read, and leaves the principal in the request's state."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _FREE:
+            scope["state"]["principal"] = _admitted(scope)
+        await self.app(scope, receive, send)
+
+
+def _admitted(scope: Scope) -> Principal:
+    access: Access = scope["state"]["runtime"].access
+    address = scope.get("client")
+    client = address[0] if address else "this machine"  # a unix socket has no address
+    principal = access.authenticate(Headers(scope=scope).get("authorization"), client)
+    if principal is EVERYBODY and scope["method"] != "GET":
+        _check_origin(scope)
+    if _takes_artifact(scope):  # large bodies are read only of those whose artifacts are taken
+        access.require(principal, Role.PUBLISH, asked(scope))
+    return principal
+
+
+def _check_origin(scope: Scope) -> None:
+    """Where no key is asked for, any page that a browser on this machine shows could change what is live."""
+    headers = Headers(scope=scope)
+    origin = headers.get("origin")
+    allowed = scope["state"]["runtime"].settings.cors_allow_origins
+    if origin and urlsplit(origin).netloc != headers.get("host") and not {origin, "*"} & set(allowed):
+        raise ForbiddenError("pages of other origins may not ask this server: name theirs in cors_allow_origins")
+
+
 class Body:
     """Reads the body up to a limit before the app runs; while the app runs, cancels it when the client goes."""
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, artifact_limit_bytes: int) -> None:
         self.app = app
         self.limit_bytes = limit_bytes
+        self.artifact_limit_bytes = artifact_limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
             return await self.app(scope, receive, send)
-        self._check(_declared_length(scope))
-        body = await self._read(receive)
+        limit_bytes = self.artifact_limit_bytes if _takes_artifact(scope) else self.limit_bytes
+        _check(_declared_length(scope), limit_bytes)
+        body = await _read(receive, limit_bytes)
         if body is not None:
             await self._run_while_connected(body, scope, receive, send)
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body, or None where the client went before it had sent it."""
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            self._check(len(body))
-            if not message.get("more_body", False):
-                return bytes(body)
-
-    def _check(self, length: int) -> None:
-        if length > self.limit_bytes:
-            raise TooLargeError(f"the body is larger than {self.limit_bytes} bytes: send less text at once")
 
     async def _run_while_connected(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_until_gone(receive))
@@ -95,6 +122,24 @@ class Body:
             if not work.done():
                 work.cancel()
         await _outcome(work, has_gone)
+
+
+async def _read(receive: Receive, limit_bytes: int) -> bytes | None:
+    """The whole body, or None where the client went before it had sent it."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        _check(len(body), limit_bytes)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _check(length: int, limit_bytes: int) -> None:
+    if length > limit_bytes:
+        raise TooLargeError(f"the body is larger than {limit_bytes} bytes: send less at once")
 
 
 class _Replay:
@@ -125,6 +170,18 @@ async def _outcome(work: asyncio.Future[None], has_gone: bool) -> None:
             raise
 
 
+def asked(scope: Scope) -> str:
+    """What a request asks for, for the audit log."""
+    return f"{scope['method']} {scope['path'][:200]}"
+
+
+def _count(scope: Scope, status: int) -> None:
+    """By the route's template, so that there are only so many."""
+    route = scope.get("route")
+    metrics: Metrics = scope["state"]["runtime"].metrics
+    metrics.answered(str(getattr(route, "path", "none")), status)
+
+
 def milliseconds(duration_s: float) -> str:
     return f"{duration_s * 1000:.2f}"
 
@@ -134,6 +191,10 @@ def _request_id(given: str | None) -> str:
     if given and len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given
     return uuid.uuid4().hex
+
+
+def _takes_artifact(scope: Scope) -> bool:
+    return scope["method"] == "POST" and _ARTIFACTS.fullmatch(scope["path"]) is not None
 
 
 def _declared_length(scope: Scope) -> int:

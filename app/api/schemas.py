@@ -1,4 +1,7 @@
-"""The wire: what bodies hold, in the words of /docs. Answers are the service's own dataclasses; requests end here."""
+"""The wire of predictions and views: what bodies hold, in the words of /docs.
+
+Answers are the service's own dataclasses; requests end here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from app.api.control_schemas import RecordView, TrafficView, Wire
 from app.domain import InputKind, ProblemType, ReadoutKind, TextInput
 from app.service.answers import Answer
 from app.service.inference import Usage
@@ -15,12 +19,6 @@ from app.service.inference import Usage
 _MAX_NAME = 200
 _MAX_TASKS = 1000
 _MAX_UNIT = 256
-
-
-class Wire(BaseModel):
-    """Wrong types are refused, never converted; a field that we do not know is a mistake of the caller's."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class TextPair(Wire):
@@ -160,18 +158,13 @@ class EmbeddingsResponse(BaseModel):
     usage: EmbeddingsUsage
 
 
-class Traffic(BaseModel):
-    champion: int = Field(description="the version that answers")
-    challenger: int | None = Field(description="the version that answers a canary share")
-
-
 class TaskBrief(BaseModel):
     name: str
-    problem_type: ProblemType
+    problem_type: ProblemType = Field(description="of the champion; of the newest version where none is live")
     input_kind: InputKind
     labels: list[str]
-    traffic: Traffic
-    versions: list[int] = Field(description="those that can be asked for with task@number")
+    traffic: TrafficView | None = Field(description="absent where no version is live yet")
+    versions: list[int] = Field(description="all that the index has; task@number asks for one")
     passes: float = Field(description="what the champion costs when it is asked alone")
 
 
@@ -193,10 +186,8 @@ class ReadoutView(BaseModel):
     num_queries: int
 
 
-class VersionView(BaseModel):
-    version: int
-    digest: str
-    state: Literal["champion", "challenger", "approved"]
+class VersionView(RecordView):
+    arm: Literal["champion", "challenger", "shadow"] | None = Field(description="what it does at the moment")
     problem_type: ProblemType
     input_kind: InputKind
     labels: list[str]
@@ -209,7 +200,9 @@ class VersionView(BaseModel):
 
 class TaskView(TaskBrief):
     generation: int
-    details: list[VersionView] = Field(description="each version")
+    previous: list[int] = Field(description="champions before this one, newest last: where a rollback goes")
+    failures: dict[str, str] = Field(description="versions that this server cannot serve, and why")
+    details: list[VersionView] = Field(description="those that are live, and the newest others")
 
 
 class BackboneView(BaseModel):
@@ -250,3 +243,5 @@ class HealthDetails(Health):
     tasks: int
     queue_rows: int = Field(description="rows that wait for the engine")
     in_flight: int = Field(description="requests at work")
+    index_up: bool = Field(description="whether the index answers; without it what is live stays live")
+    index_staleness_s: float = Field(description="how long ago the index was last read")

@@ -1,71 +1,92 @@
-"""GET /v1/tasks and below: what can be asked, and what it costs."""
+"""GET /v1/tasks and below: what can be asked, what it costs, and what the index has of it."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Literal
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Response
 
-from app.api.dependencies import CurrentRuntime, CurrentSnapshot
-from app.api.errors import error_responses
-from app.api.schemas import PrefixView, ReadoutView, TaskBrief, TaskList, TaskView, Traffic, VersionView
-from app.domain import Task, TaskVersion
+from app.api.control_schemas import RecordView, TrafficView
+from app.api.dependencies import CurrentRuntime, CurrentSnapshot, Limit, TaskName, VersionNumber, keyed
+from app.api.errors import guarded_responses
+from app.api.schemas import PrefixView, ReadoutView, TaskBrief, TaskList, TaskView, VersionView
+from app.domain import Snapshot
+from app.rollout import TaskRecord, VersionRecord
 from app.service.catalog import Catalog
-from app.service.resolve import find_task, find_version
+from app.service.resolve import find_record, find_version
 
-router = APIRouter(prefix="/v1/tasks", tags=["tasks"])
+router = APIRouter(prefix="/v1/tasks", tags=["tasks"], dependencies=keyed)
 
-TaskName = Annotated[str, Path(max_length=200, description="a task's name")]
-VersionNumber = Annotated[int, Path(ge=1, description="a version's number")]
+# Those that read many cards are plain functions: FastAPI sends them to a thread, and predictions are not held up.
 
 
-@router.get("", responses=error_responses(500))
-async def list_tasks(runtime: CurrentRuntime, snapshot: CurrentSnapshot) -> TaskList:
-    """Every live task, and the representations that have embeddings."""
+@router.get("", responses=guarded_responses())
+def list_tasks(runtime: CurrentRuntime, snapshot: CurrentSnapshot) -> TaskList:
+    """Every task, those without a live version too, and the representations that have embeddings."""
     return TaskList(
         generation=snapshot.generation,
-        tasks=[_brief(runtime.catalog, task) for task in snapshot.tasks.values()],
+        tasks=[_brief(runtime.catalog, record) for record in _tasks(snapshot)],
         representations=sorted(snapshot.representations),
     )
 
 
-@router.get("/{task}", responses=error_responses(404, 422, 500))
-async def show_task(task: TaskName, runtime: CurrentRuntime, snapshot: CurrentSnapshot) -> TaskView:
-    """One task with all its versions."""
-    found = find_task(snapshot, task)
-    brief = _brief(runtime.catalog, found)
-    details = [_view(runtime.catalog, found, version) for version in found.versions.values()]
-    return TaskView(**brief.model_dump(), generation=snapshot.generation, details=details)
-
-
-@router.get("/{task}/versions/{version}", responses=error_responses(404, 422, 500))
-async def show_version(
-    task: TaskName, version: VersionNumber, runtime: CurrentRuntime, snapshot: CurrentSnapshot
-) -> VersionView:
-    """One version: what it reads, what it costs, and the figures that it came with."""
-    found = find_task(snapshot, task)
-    return _view(runtime.catalog, found, find_version(found, version))
-
-
-def _brief(catalog: Catalog, task: Task) -> TaskBrief:
-    champion = task.versions[task.champion]
-    return TaskBrief(
-        name=task.name,
-        problem_type=champion.problem_type,
-        input_kind=champion.input_kind,
-        labels=list(champion.labels),
-        traffic=Traffic(champion=task.champion, challenger=task.challenger),
-        versions=sorted(task.versions),
-        passes=catalog.passes_alone(champion),
+@router.get("/{task}", responses=guarded_responses(404, 422))
+def show_task(
+    task: TaskName, runtime: CurrentRuntime, snapshot: CurrentSnapshot, response: Response, limit: Limit = 100
+) -> TaskView:
+    """One task with its live versions and the newest others. `etag` is what a change of its traffic may name."""
+    record, catalog = find_record(snapshot, task), runtime.catalog
+    response.headers["etag"] = f'"{snapshot.generation}"'
+    return TaskView(
+        **_brief(catalog, record).model_dump(),
+        generation=snapshot.generation,
+        previous=list(record.previous),
+        failures={name: why for name, why in catalog.left_out.items() if name.rpartition("@")[0] == task},
+        details=[_view(catalog, record, record.versions[number]) for number in _shown(record, limit)],
     )
 
 
-def _view(catalog: Catalog, task: Task, version: TaskVersion) -> VersionView:
+@router.get("/{task}/versions/{version}", responses=guarded_responses(404, 422))
+async def show_version(
+    task: TaskName, version: VersionNumber, runtime: CurrentRuntime, snapshot: CurrentSnapshot
+) -> VersionView:
+    """One version: its state, what it reads, what it costs, and the figures that it came with."""
+    record = find_record(snapshot, task)
+    return _view(runtime.catalog, record, find_version(record, version))
+
+
+def _tasks(snapshot: Snapshot) -> list[TaskRecord]:
+    records = [record for name, record in snapshot.view.tasks.items() if name not in snapshot.representations]
+    return sorted((record for record in records if record.versions), key=lambda record: record.name)
+
+
+def _shown(record: TaskRecord, limit: int) -> list[int]:
+    live = record.traffic.live if record.traffic is not None else ()
+    return sorted({*live, *sorted(record.versions)[-limit:]})
+
+
+def _brief(catalog: Catalog, record: TaskRecord) -> TaskBrief:
+    traffic = record.traffic
+    number = max(record.versions) if traffic is None else traffic.champion
+    version = catalog.describe(record.versions[number])
+    return TaskBrief(
+        name=record.name,
+        problem_type=version.problem_type,
+        input_kind=version.input_kind,
+        labels=list(version.labels),
+        traffic=None if traffic is None else TrafficView.model_validate(traffic),
+        versions=sorted(record.versions),
+        passes=catalog.passes_alone(version),
+    )
+
+
+def _view(catalog: Catalog, task: TaskRecord, record: VersionRecord) -> VersionView:
+    version = catalog.describe(record)
     readout = version.readout
     return VersionView(
-        version=version.version,
-        digest=version.digest,
-        state=_state(task, version.version),
+        **RecordView.model_validate(record).model_dump(),
+        arm=_arm(task, record.version),
         problem_type=version.problem_type,
         input_kind=version.input_kind,
         labels=list(version.labels),
@@ -76,11 +97,16 @@ def _view(catalog: Catalog, task: Task, version: TaskVersion) -> VersionView:
             for p in version.prefixes
         ],
         passes=catalog.passes_alone(version),
-        evaluation=catalog.evaluations.get(version.digest, {}),
+        evaluation=json.loads(record.card).get("evaluation", {}),
     )
 
 
-def _state(task: Task, number: int) -> Literal["champion", "challenger", "approved"]:
-    if number == task.champion:
+def _arm(task: TaskRecord, number: int) -> Literal["champion", "challenger", "shadow"] | None:
+    traffic = task.traffic
+    if traffic is None:
+        return None
+    if number == traffic.champion:
         return "champion"
-    return "challenger" if number == task.challenger else "approved"
+    if any(challenger.version == number for challenger in traffic.challengers):
+        return "challenger"
+    return "shadow" if number in traffic.shadow else None

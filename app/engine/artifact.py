@@ -34,6 +34,7 @@ from app.engine.heads import head_tensor_names
 from app.errors import ArtifactError
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+FILES = (CONFIG, TENSORS, MANIFEST)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _MAX_FILE_BYTES = 512 * 2**20
 
@@ -49,22 +50,24 @@ class Artifact:
 
     def version(self, number: int) -> TaskVersion:
         """This content as version `number` of its task."""
-        manifest = self.manifest
-        readout = manifest["readout"]
-        return TaskVersion(
-            task=manifest["task"],
-            version=number,
-            digest=self.digest,
-            problem_type=ProblemType(manifest["problem_type"]),
-            labels=tuple(manifest["labels"]),
-            readout=Readout(ReadoutKind(readout["kind"]), tuple(readout["layers"]), readout.get("num_queries", 0)),
-            input_kind=InputKind(manifest.get("input", "text")),
-            prefixes=tuple(
-                Prefix(p["digest"], p["num_virtual_tokens"], p["first_layer"]) for p in manifest["prefixes"]
-            ),
-            position_offset=manifest.get("position_offset", 0),
-            thresholds=tuple(manifest.get("thresholds") or ()),
-        )
+        return version_of(self.manifest, self.digest, number)
+
+
+def version_of(manifest: Mapping[str, Any], digest: str, number: int) -> TaskVersion:
+    """What a manifest that was checked says, as version `number`."""
+    readout = manifest["readout"]
+    return TaskVersion(
+        task=manifest["task"],
+        version=number,
+        digest=digest,
+        problem_type=ProblemType(manifest["problem_type"]),
+        labels=tuple(manifest["labels"]),
+        readout=Readout(ReadoutKind(readout["kind"]), tuple(readout["layers"]), readout.get("num_queries", 0)),
+        input_kind=InputKind(manifest.get("input", "text")),
+        prefixes=tuple(Prefix(p["digest"], p["num_virtual_tokens"], p["first_layer"]) for p in manifest["prefixes"]),
+        position_offset=manifest.get("position_offset", 0),
+        thresholds=tuple(manifest.get("thresholds") or ()),
+    )
 
 
 def read_artifact(path: Path, spec: BackboneSpec, options: Mapping[str, Any] | None = None) -> Artifact:
@@ -76,7 +79,7 @@ def read_artifact(path: Path, spec: BackboneSpec, options: Mapping[str, Any] | N
     faults = _file_faults(path)
     if faults:
         raise ArtifactError(name, faults)
-    files = {file: (path / file).read_bytes() for file in (CONFIG, TENSORS, MANIFEST) if (path / file).exists()}
+    files = {file: (path / file).read_bytes() for file in FILES if (path / file).exists()}
     tensors = _parse_tensors(files[TENSORS], faults)
     config = _parse_json(files.get(CONFIG, b"{}"), CONFIG, faults)
     manifest = _parse_json(files.get(MANIFEST, b"{}"), MANIFEST, faults)
@@ -84,8 +87,12 @@ def read_artifact(path: Path, spec: BackboneSpec, options: Mapping[str, Any] | N
         raise ArtifactError(name, faults)
     if MANIFEST not in files:
         manifest = _manifest_from_peft(name, config, tensors, spec, options or {})
-        files[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
+        files[MANIFEST] = manifest_bytes(manifest)
     return build_artifact(manifest, tensors, spec, content_digest(files), name)
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, sort_keys=True).encode()
 
 
 def build_artifact(
@@ -111,7 +118,7 @@ def embedding_artifact(spec: BackboneSpec) -> Artifact:
         "prefixes": [],
         "backbone": {"fingerprint": spec.fingerprint},
     }
-    digest = content_digest({MANIFEST: json.dumps(manifest, sort_keys=True).encode()})
+    digest = content_digest({MANIFEST: manifest_bytes(manifest)})
     return build_artifact(manifest, {}, spec, digest, spec.name)
 
 

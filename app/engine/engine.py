@@ -121,12 +121,15 @@ class Engine:
         """Rows that wait for a batch."""
         return self._scheduler.num_rows
 
-    def load(self, artifact: Artifact) -> None:
-        """Make a version resident, off the engine's thread: new tensors, no batch waits."""
-        self.bank.load(artifact)
+    def load(self, artifact: Artifact) -> object:
+        """Make a version resident, off the engine's thread: new tensors, no batch waits.
+
+        Whoever holds the handle that is returned keeps it resident, also after `unload`.
+        """
+        return self.bank.load(artifact)
 
     def unload(self, digest: str) -> None:
-        """Forget a version. Requests that were submitted before still end with its answer."""
+        """Forget a version. Requests that were submitted before, or hold its handle, still end with its answer."""
         self.bank.unload(digest)
 
     def submit(self, request: EngineRequest) -> Future[EngineResult]:

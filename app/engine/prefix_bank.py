@@ -1,7 +1,7 @@
 """The versions that are resident: prefix vectors and heads on the device, shared where digests are equal.
 
 Knows tensors and digests. Never writes into a tensor that is in use: a new version is new tensors under a new digest,
-and the tensors of one that was unloaded live until the last request that holds them has ended.
+and the tensors of one that was unloaded live until the last one who holds them lets go.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ResidentPrefix:
         return (self.keys[index], self.values[index]) if index >= 0 else None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class ResidentVersion:
     """All that the engine needs to answer for one task version."""
 
@@ -50,25 +50,33 @@ class PrefixBank:
         self._device = device
         self._dtype = dtype
         self._versions: dict[str, ResidentVersion] = {}
+        self._held: weakref.WeakValueDictionary[str, ResidentVersion] = weakref.WeakValueDictionary()
         self._prefixes: weakref.WeakValueDictionary[str, ResidentPrefix] = weakref.WeakValueDictionary()
         self._layers = LinearBank(device)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._versions)
+        return len(self._held)
 
-    def load(self, artifact: Artifact) -> None:
-        """Make the artifact resident. Loading what is resident already changes nothing."""
+    def load(self, artifact: Artifact) -> ResidentVersion:
+        """Make the artifact resident until `unload`, or as long as what is returned is held by anybody.
+
+        Loading what is resident already changes nothing.
+        """
         version = artifact.version(0)
         with self._lock:
-            if version.digest in self._versions:
-                return
+            known = self._held.get(version.digest)
+            if known is not None:
+                self._versions[version.digest] = known
+                return known
             prefixes = tuple(
                 self._resident_prefix(prefix, vectors)
                 for prefix, vectors in zip(version.prefixes, artifact.prefix_vectors, strict=True)
             )
             head = ResidentHead.from_tensors(version, artifact.manifest, artifact.tensors, self._layers)
-            self._versions[version.digest] = ResidentVersion(version, prefixes, head)
+            resident = ResidentVersion(version, prefixes, head)
+            self._versions[version.digest] = self._held[version.digest] = resident
+            return resident
 
     def unload(self, digest: str) -> None:
         with self._lock:
@@ -76,10 +84,10 @@ class PrefixBank:
 
     def get(self, digest: str) -> ResidentVersion:
         """Raises NotFoundError where that version is not resident."""
-        try:
-            return self._versions[digest]
-        except KeyError:
-            raise NotFoundError(f"version {digest} is not loaded") from None
+        resident = self._held.get(digest)
+        if resident is None:
+            raise NotFoundError(f"version {digest} is not loaded")
+        return resident
 
     def _resident_prefix(self, prefix: Prefix, vectors: Tensor) -> ResidentPrefix:
         """`vectors`: [layers, 2, heads, virtual tokens, head size]."""

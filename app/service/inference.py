@@ -7,17 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from app.domain import Encoding, EngineRequest, EngineResult, Plan, Snapshot, TaskOutput, TaskVersion, TextInput
+from app.domain import (
+    Arm,
+    Encoding,
+    EngineRequest,
+    EngineResult,
+    Plan,
+    Snapshot,
+    Task,
+    TaskOutput,
+    TaskVersion,
+    TextInput,
+)
 from app.engine.plan import make_plan, token_limit
 from app.errors import DeadlineError, EngineError, MalformedError, TooLargeError, UnservableError
+from app.rollout import Principal, Role
+from app.service.access import EVERYBODY
 from app.service.admission import Admission
-from app.service.answers import Answer, make_answer
-from app.service.ports import EnginePort, TokenizerPort
-from app.service.resolve import Target, choose_targets, representation
+from app.service.answers import Answer, FailedAnswer, make_answer
+from app.service.experiment import Observation
+from app.service.ports import EnginePort, ObserverPort, PinsPort, TokenizerPort
+from app.service.resolve import Asker, Target, beside, choose_targets, is_paired, pins_to_load, representation
+from app.telemetry import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,9 @@ class InferenceService:
         workers: Executor,
         admission: Admission,
         limits: Limits,
+        pins: PinsPort,
+        observer: ObserverPort,
+        metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -90,18 +108,36 @@ class InferenceService:
         self._workers = workers
         self._admission = admission
         self._limits = limits
+        self._pins = pins
+        self._observer = observer
+        self._metrics = metrics
 
-    async def predict(self, inputs: Sequence[TextInput], tasks: Sequence[str] | None, truncate: bool) -> Prediction:
+    async def predict(
+        self,
+        inputs: Sequence[TextInput],
+        tasks: Sequence[str] | None,
+        truncate: bool,
+        *,
+        unit: str | None = None,
+        request_id: str = "",
+        principal: Principal = EVERYBODY,
+    ) -> Prediction:
         """Answers of every named task (or every one that fits) for each input. Raises any ManifoldError."""
         with self._admission.permit():
             self._check(inputs)
-            snapshot = self._current_snapshot()
-            targets = choose_targets(snapshot, inputs, tasks)
-            run = await self._run(inputs, [_distinct(chosen) for chosen in targets], truncate)
+            snapshot = self._current_snapshot()  # kept to the end: nothing of it is unloaded until then
+            may_pin = principal.has(Role.APPROVE)
+            pinned = await self._load_pins(snapshot, tasks, may_pin)
+            asker = Asker(unit or request_id, may_pin, {key: version for key, (version, _) in pinned.items()})
+            targets = choose_targets(snapshot, inputs, tasks, asker)
+            extras = [_beside(snapshot, chosen, is_paired(request_id)) for chosen in targets]
+            run = await self._run(inputs, [_distinct(chosen) for chosen in targets], truncate, extras)
             results = [
                 _answers(text, chosen, plan, outputs)
                 for text, chosen, plan, outputs in zip(inputs, targets, run.plans, run.result.outputs, strict=True)
             ]
+            self._count(targets, results)
+            self._observe(snapshot, request_id, inputs, targets, run)
             return Prediction(snapshot.generation, results, run.usage, run.timings)
 
     async def embed(
@@ -128,21 +164,75 @@ class InferenceService:
             if text.text_pair is not None and not text.text_pair.strip():
                 raise MalformedError(f"text_pair of input {index} is empty")
 
+    async def _load_pins(
+        self, snapshot: Snapshot, tasks: Sequence[str] | None, may_pin_unapproved: bool
+    ) -> dict[tuple[str, int], tuple[TaskVersion, object]]:
+        """Pinned versions that are not live, made resident for this request, with the handles that keep them so."""
+        wanted = pins_to_load(snapshot, tasks, may_pin_unapproved)
+        return {(r.task, r.version): await asyncio.to_thread(self._pins.load, r) for r in wanted}
+
+    def _count(self, targets: Sequence[Sequence[Target]], results: Sequence[Mapping[str, Answer]]) -> None:
+        for chosen, answers in zip(targets, results, strict=True):
+            for target in chosen:
+                outcome = "failure" if isinstance(answers[target.reference], FailedAnswer) else "success"
+                self._metrics.predicted(target.version.task, target.version.version, target.arm, outcome)
+
+    def _observe(
+        self,
+        snapshot: Snapshot,
+        request_id: str,
+        inputs: Sequence[TextInput],
+        targets: Sequence[Sequence[Target]],
+        run: _Run,
+    ) -> None:
+        """What the versions of tasks in an experiment said of the same texts."""
+        compared: dict[str, tuple[Target, dict[int, dict[int, Answer]]]] = {}
+        for index, (text, chosen, plan) in enumerate(zip(inputs, targets, run.plans, strict=True)):
+            for target in chosen:
+                task = snapshot.tasks.get(target.version.task)
+                if task is None or not (task.traffic.challengers or task.traffic.shadow) or target.arm is Arm.PINNED:
+                    continue
+                first, answers = compared.setdefault(task.name, (target, {}))
+                if first is target:
+                    answers[index] = _answers_of(task, text, plan, run.result.outputs[index])
+        for name, (target, answers) in compared.items():
+            seconds = run.result.inference_s
+            task = snapshot.tasks[name]
+            self._observer.record(Observation(task, request_id, target.version.version, seconds, answers))
+
     async def _run(
-        self, inputs: Sequence[TextInput], versions: Sequence[tuple[TaskVersion, ...]], truncate: bool
+        self,
+        inputs: Sequence[TextInput],
+        versions: Sequence[tuple[TaskVersion, ...]],
+        truncate: bool,
+        extras: Sequence[tuple[TaskVersion, ...]] | None = None,
     ) -> _Run:
+        """`extras`: scored beside where the text is not too long for them, and never a reason to refuse it."""
         deadline_s = time.monotonic() + self._limits.deadline_ms / 1000
         try:
             async with asyncio.timeout(self._limits.deadline_ms / 1000):
                 began_s = time.monotonic()
                 encodings = await self._tokenize(inputs, versions, truncate)
                 tokenization_s = time.monotonic() - began_s
-                layers = self._engine.spec.num_layers
-                plans = [make_plan(e, v, layers) for e, v in zip(encodings, versions, strict=True)]
+                plans = self._plans(encodings, versions, extras or [()] * len(inputs))
                 result = await asyncio.wrap_future(self._engine.submit(EngineRequest(tuple(plans), deadline_s)))
         except TimeoutError as error:
             raise DeadlineError(f"the deadline of {self._limits.deadline_ms:g} ms passed first") from error
         return _Run(plans, result, tokenization_s)
+
+    def _plans(
+        self,
+        encodings: Sequence[Encoding],
+        versions: Sequence[tuple[TaskVersion, ...]],
+        extras: Sequence[tuple[TaskVersion, ...]],
+    ) -> list[Plan]:
+        spec = self._engine.spec
+        plans = []
+        for encoding, asked, more in zip(encodings, versions, extras, strict=True):
+            known = {version.digest for version in asked}
+            fitting = [e for e in more if e.digest not in known and len(encoding) <= token_limit(spec, (e,))]
+            plans.append(make_plan(encoding, [*asked, *fitting], spec.num_layers))
+        return plans
 
     async def _tokenize(
         self, inputs: Sequence[TextInput], versions: Sequence[tuple[TaskVersion, ...]], truncate: bool
@@ -162,6 +252,22 @@ def _answers(
 ) -> dict[str, Answer]:
     by_digest = {version.digest: output for version, output in zip(plan.versions, outputs, strict=True)}
     return {t.reference: make_answer(t, by_digest[t.version.digest], plan.encoding, text) for t in targets}
+
+
+def _beside(snapshot: Snapshot, targets: Sequence[Target], paired: bool) -> tuple[TaskVersion, ...]:
+    tasks = ((snapshot.tasks.get(target.version.task), target) for target in targets)
+    versions = (version for task, target in tasks if task is not None for version in beside(task, target, paired))
+    return tuple({version.digest: version for version in versions}.values())
+
+
+def _answers_of(task: Task, text: TextInput, plan: Plan, outputs: Sequence[TaskOutput]) -> dict[int, Answer]:
+    """Of every live version of one task that was scored, by its number."""
+    by_digest = {version.digest: output for version, output in zip(plan.versions, outputs, strict=True)}
+    return {
+        number: make_answer(Target(task.name, version, Arm.SHADOW), by_digest[version.digest], plan.encoding, text)
+        for number, version in task.versions.items()
+        if version.digest in by_digest
+    }
 
 
 def _vector(output: TaskOutput, dimensions: int | None) -> tuple[float, ...]:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from app.config import Settings
 from app.errors import UnavailableError
+from app.service.access import Access
 from app.service.admission import Admission
 from app.service.catalog import Catalog
+from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService
-from app.service.ports import EnginePort
+from app.service.ports import EnginePort, RolloutPort
+from app.telemetry import Metrics
 
 
 @dataclass(slots=True)
@@ -20,6 +23,10 @@ class Runtime:
     catalog: Catalog
     inference: InferenceService
     admission: Admission
+    rollout: RolloutPort
+    access: Access
+    metrics: Metrics
+    index_health: Callable[[], IndexHealth]
     close: Callable[[], None]
 
     def check_live(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import httpx2
@@ -13,7 +13,10 @@ from starlette.types import Receive, Scope, Send
 
 from app.config import Settings
 from app.main import create_app
+from app.rollout import Role
+from app.service.access import EVERYBODY
 from app.service.runtime import Runtime
+from tests.fake_rollout import FakeRollout
 from tests.serving import running
 
 
@@ -26,6 +29,23 @@ def app(settings: Settings, runtime: Runtime) -> FastAPI:
 def client(app: FastAPI) -> Iterator[TestClient]:
     with TestClient(app) as opened:
         yield opened
+
+
+@pytest.fixture
+def rollout(runtime: Runtime) -> FakeRollout:
+    assert isinstance(runtime.rollout, FakeRollout)
+    return runtime.rollout
+
+
+@pytest.fixture
+def headers_of(rollout: FakeRollout) -> Callable[..., dict[str, str]]:
+    """Makes a key and gives the header that holds it. From the first one on the server asks everybody for a key."""
+
+    def make(name: str, *roles: Role) -> dict[str, str]:
+        _, token = rollout.create_key(EVERYBODY, name, frozenset(roles))
+        return {"authorization": f"Bearer {token}"}
+
+    return make
 
 
 @pytest.fixture

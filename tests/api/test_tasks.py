@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 from fastapi.testclient import TestClient
+
+from app.rollout import State, TaskRecord
+from app.service.runtime import Runtime
+from tests.fake_rollout import FakeRollout
 
 
 def test_the_list_names_every_live_task_and_representation(client: TestClient) -> None:
@@ -16,26 +23,62 @@ def test_the_list_names_every_live_task_and_representation(client: TestClient) -
         "problem_type": "single_label_classification",
         "input_kind": "text",
         "labels": ["book", "cancel", "pay"],
-        "traffic": {"champion": 2, "challenger": 3},
+        "traffic": {"champion": 2, "challengers": [{"version": 3, "percent": 10.0}], "shadow": [], "gates": None},
         "versions": [1, 2, 3],
         "passes": 1.0,
     }
     assert by_name["entailment"]["input_kind"] == "pair"
 
 
-def test_a_task_shows_its_versions_and_their_states(client: TestClient) -> None:
-    answer = client.get("/v1/tasks/intent").json()
-    assert answer["generation"] == 7
-    states = {view["version"]: view["state"] for view in answer["details"]}
-    assert states == {1: "approved", 2: "champion", 3: "challenger"}
+def test_a_task_shows_its_versions_and_what_they_do(client: TestClient) -> None:
+    response = client.get("/v1/tasks/intent")
+    answer = response.json()
+    assert answer["generation"] == 7 and response.headers["etag"] == '"7"'
+    assert answer["previous"] == [] and answer["failures"] == {}
+    arms = {view["version"]: (view["state"], view["arm"]) for view in answer["details"]}
+    assert arms == {1: ("approved", None), 2: ("approved", "champion"), 3: ("approved", "challenger")}
 
 
-def test_a_version_shows_how_it_reads_and_the_figures_that_it_came_with(client: TestClient) -> None:
+def test_a_task_of_many_versions_shows_the_live_and_the_newest(client: TestClient, rollout: FakeRollout) -> None:
+    intent = rollout.view.tasks["intent"]
+    more = {n: replace(intent.versions[1], version=n, digest=f"sha256:intent-{n}") for n in range(4, 500)}
+    rollout._put({"intent": replace(intent, versions={**intent.versions, **more})})
+    answer = client.get("/v1/tasks/intent?limit=2").json()
+    assert [view["version"] for view in answer["details"]] == [2, 3, 498, 499]
+    assert len(answer["versions"]) == 499
+    assert client.get("/v1/tasks/intent?limit=0").status_code == 422
+
+
+def test_a_task_without_a_live_version_is_shown_too(client: TestClient, rollout: FakeRollout) -> None:
+    spam = rollout.view.tasks["spam"]
+    candidate = replace(spam.versions[1], task="toxic", state=State.CANDIDATE, decided_by=None, decided_at=None)
+    rollout._put({"toxic": TaskRecord("toxic", {1: candidate})})
+    by_name = {task["name"]: task for task in client.get("/v1/tasks").json()["tasks"]}
+    assert (by_name["toxic"]["traffic"], by_name["toxic"]["versions"]) == (None, [1])
+    (detail,) = client.get("/v1/tasks/toxic").json()["details"]
+    assert (detail["state"], detail["arm"], detail["decided_by"]) == ("candidate", None, None)
+
+
+def test_a_version_that_this_server_cannot_serve_is_told(client: TestClient, runtime: Runtime) -> None:
+    runtime.catalog.left_out = {"spam@2": "it is damaged", "spam/odd": "no artifact", "intent@4": "it holds NaN"}
+    assert client.get("/v1/tasks/spam").json()["failures"] == {"spam@2": "it is damaged"}
+
+
+def test_a_version_shows_how_it_reads_who_decided_and_the_figures_that_it_came_with(
+    client: TestClient, rollout: FakeRollout
+) -> None:
+    spam = rollout.view.tasks["spam"]
+    card = json.loads(spam.versions[1].card) | {"evaluation": {"test": {"accuracy": 0.97}}}
+    measured = replace(spam.versions[1], card=json.dumps(card))
+    rollout._put({"spam": replace(spam, versions={1: measured})})
     view = client.get("/v1/tasks/spam/versions/1").json()
     assert view["digest"] == "sha256:spam-1"
     assert view["readout"] == {"kind": "mean", "layers": [6], "num_queries": 0}
     assert view["prefixes"] == []
     assert view["evaluation"] == {"test": {"accuracy": 0.97}}
+    assert (view["task"], view["version"], view["state"], view["arm"]) == ("spam", 1, "approved", "champion")
+    assert (view["published_by"], view["published_at"]) == ("paula", 1_700_000_000.0)
+    assert (view["decided_by"], view["decided_at"], view["size_bytes"]) == ("anna", 1_700_000_100.0, 1000)
 
 
 def test_what_is_not_there_is_404_and_names_what_is(client: TestClient) -> None:
@@ -43,7 +86,7 @@ def test_what_is_not_there_is_404_and_names_what_is(client: TestClient) -> None:
     assert missing.status_code == 404
     assert "emotion" in missing.json()["error"]
     assert client.get("/v1/tasks/spam/versions/4").json() == {
-        "error": "task spam has no version 4; those live are 1",
+        "error": "task spam has no version 4; its newest are 1",
         "error_type": "not_found",
     }
     assert "representation" in client.get("/v1/tasks/tiny").json()["error"]

@@ -70,7 +70,8 @@ def _break(engine: Engine, version: TaskVersion, weight: Tensor, bias: Tensor) -
     """Give a resident version another last layer than its artifact's."""
     resident = engine.bank.get(version.digest)
     head = replace(resident.head, out=LinearBank(torch.device("cpu")).place(weight, bias))
-    engine.bank._versions[version.digest] = replace(resident, head=head)
+    changed = replace(resident, head=head)
+    engine.bank._versions[version.digest] = engine.bank._held[version.digest] = changed
 
 
 def test_a_task_that_fails_fails_alone(make_engine: MakeEngine) -> None:

@@ -1,0 +1,55 @@
+"""Opens all that the registry consists of, from settings to connections: index, store, last good state.
+
+The only place that knows what lies where below the home folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+
+from app.errors import SettingsError
+from app.registry.connection import connect, public_url
+from app.registry.embedded import EmbeddedRedis
+from app.registry.index import Index
+from app.registry.last_good import LastGood
+from app.registry.store import ArtifactStore
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    redis: Redis
+    index: Index
+    store: ArtifactStore
+    last_good: LastGood
+    shown_url: str  # of the index, without credentials
+    revive: Callable[[], None] | None  # starts an index of our own again; None where it is somebody else's
+
+
+@contextlib.contextmanager
+def open_registry(
+    home: Path, redis_url: str | None, artifacts_url: str | None, cache_limit_bytes: int
+) -> Iterator[Registry]:
+    """Without `redis_url` a redis-server of our own is started, and ended at the end. Raises SettingsError."""
+    home = home.absolute()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"the home folder {home} cannot be made: {error.strerror or error}") from error
+    with contextlib.ExitStack() as opened:
+        revive = None
+        if redis_url is None:
+            embedded = EmbeddedRedis(home)
+            opened.callback(embedded.close)
+            embedded.ensure_running()
+            redis_url, revive, shown_url = embedded.url, embedded.ensure_running, f"embedded in {home}"
+        else:
+            shown_url = public_url(redis_url)
+        redis = connect(redis_url)
+        opened.callback(redis.close)
+        store = ArtifactStore(artifacts_url or f"file://{home / 'artifacts'}", home / "cache", cache_limit_bytes)
+        yield Registry(redis, Index(redis), store, LastGood(home / "last-good.json"), shown_url, revive)

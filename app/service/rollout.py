@@ -1,0 +1,171 @@
+"""What operators do: publish, decide, move traffic, release, undo; keys, the audit log, and what was compared.
+
+An artifact is served here before the index hears of it. Every method blocks: call it off the event loop. Knows nothing
+of HTTP; the index's rules are `app.registry.changes`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from app.errors import ArtifactError, ConflictError
+from app.registry.comparison import Comparisons, Said
+from app.registry.index import Index
+from app.registry.store import ArtifactStore
+from app.rollout import (
+    AuditEntry,
+    AuditVerdict,
+    IndexView,
+    KeyRecord,
+    Principal,
+    Release,
+    Role,
+    State,
+    TaskRecord,
+    TrafficWish,
+    VersionRecord,
+)
+from app.service.comparison import Comparison, compare
+from app.service.first_start import new_version
+from app.service.hot_swap import Follower
+from app.service.loading import Loader
+from app.service.ports import IndexState, Published
+from app.service.resolve import find_record
+
+_AT_FIRST = 1  # the number in a folder that has none yet
+
+
+class Rollout:
+    def __init__(
+        self,
+        index: Index,
+        store: ArtifactStore,
+        loader: Loader,
+        follower: Follower,
+        comparisons: Comparisons,
+        *,
+        url: str,
+        separate: Callable[[], bool],
+    ) -> None:
+        """`url`: of the index, for people, without credentials. `separate`: whether nobody approves their own."""
+        self._index, self._store, self._loader = index, store, loader
+        self._follower, self._comparisons = follower, comparisons
+        self._url, self._separate = url, separate
+
+    # -- versions ------------------------------------------------------------------------------------------------------
+
+    def publish(
+        self, principal: Principal, task: str, files: Mapping[str, bytes], options: Mapping[str, Any], reason: str
+    ) -> Published:
+        if task in self._follower.catalog.snapshot.representations and task not in self._view.tasks:
+            raise ConflictError(f"{task} is the name of the backbone's own representation: choose another")
+        with tempfile.TemporaryDirectory(prefix="manifold-publish-") as folder:
+            path = Path(folder) / task
+            path.mkdir()
+            for name, content in files.items():
+                (path / name).write_bytes(content)
+            loaded = self._loader.load(path, {**options, "task": task})
+            if loaded.artifact.manifest["task"] != task:
+                named = loaded.artifact.manifest["task"]
+                raise ArtifactError(task, [f"its manifest says that it is of task {named}: publish it as that"])
+            new = new_version(self._store, loaded, path, _AT_FIRST)
+        self._follower.sync()
+        known = self._view.tasks.get(task)
+        is_known = known is not None and any(v.digest == new.digest for v in known.versions.values())
+        record, generation = self._index.publish(principal.name, task, new.digest, new.card, new.size_bytes, reason)
+        return Published(record, generation, not is_known)
+
+    def decide(
+        self, principal: Principal, task: str, version: int, state: State, reason: str
+    ) -> tuple[VersionRecord, int]:
+        return self._index.decide(principal.name, task, version, state, reason, self._separate())
+
+    # -- traffic -------------------------------------------------------------------------------------------------------
+
+    def set_traffic(
+        self, principal: Principal, task: str, wish: TrafficWish, reason: str, if_match: int | None
+    ) -> tuple[TaskRecord, int]:
+        return self._index.set_traffic(principal.name, task, wish, reason, if_match)
+
+    def rollback(self, principal: Principal, task: str, reason: str, if_match: int | None) -> tuple[TaskRecord, int]:
+        return self._index.rollback(principal.name, task, reason, if_match)
+
+    def release(
+        self, principal: Principal, wishes: Mapping[str, TrafficWish], reason: str, if_match: int | None
+    ) -> Release:
+        return self._index.release(principal.name, wishes, reason, if_match)
+
+    def rollback_release(self, principal: Principal, release_id: str, reason: str) -> Release:
+        return self._index.rollback_release(principal.name, release_id, reason)
+
+    def releases(self, limit: int) -> Sequence[Release]:
+        return self._index.releases(limit)
+
+    # -- the audit log and keys ----------------------------------------------------------------------------------------
+
+    def audit(self, task: str | None, after: int, limit: int) -> Sequence[AuditEntry]:
+        return self._index.audit(task, after, limit)
+
+    def verify_audit(self) -> AuditVerdict:
+        return self._index.verify_audit()
+
+    def create_key(self, principal: Principal, name: str, roles: frozenset[Role]) -> tuple[KeyRecord, str]:
+        created = self._index.create_key(principal.name, name, roles)
+        self._follower.sync()  # this server asks for it from the next request on
+        return created
+
+    def revoke_key(self, principal: Principal, key_id: str) -> None:
+        self._index.revoke_key(principal.name, key_id)
+        self._follower.sync()
+
+    def keys(self) -> Sequence[KeyRecord]:
+        return sorted(self._index.view().keys.values(), key=lambda record: record.created_at)
+
+    # -- the index itself ----------------------------------------------------------------------------------------------
+
+    def index_state(self) -> IndexState:
+        health, view = self._follower.health, self._view
+        failures = self._index.failures() if health.up else {n: {"here": r} for n, r in self._follower.failures.items()}
+        told = f"{health.went_back}; live here and not in it: {', '.join(health.kept)}" if health.went_back else None
+        return IndexState(self._url, health.up, view.index_id, view.generation, health.staleness_s, told, failures)
+
+    def restore(self, principal: Principal, reason: str) -> int:
+        """Everything that is gone from the index comes back, live where it was."""
+        return self._settle(principal, self._lost(), reason)
+
+    def accept(self, principal: Principal, reason: str) -> int:
+        """What is gone comes back as history: nothing of a task that is gone is live any more."""
+        lost = self._lost()
+        tasks = {name: replace(record, traffic=None) for name, record in lost.tasks.items()}
+        return self._settle(principal, replace(lost, tasks=MappingProxyType(tasks)), reason)
+
+    def _lost(self) -> IndexView:
+        if self._follower.lost is None:
+            raise ConflictError("the index lost nothing that this server knew: there is nothing to settle")
+        return self._follower.lost
+
+    def _settle(self, principal: Principal, view: IndexView, reason: str) -> int:
+        generation = self._index.restore(principal.name, view, reason)
+        self._follower.sync()
+        return generation
+
+    # -- what was compared ---------------------------------------------------------------------------------------------
+
+    def comparison(self, task: str) -> Comparison:
+        record = find_record(self._follower.catalog.snapshot, task)
+        if record.traffic is None:
+            return compare(record, {})
+        return compare(record, self._comparisons.read(task, record.versions[record.traffic.champion].digest))
+
+    def feedback(self, request_id: str, task: str, index: int, truth: Said) -> bool:
+        """False where the same was reported before."""
+        return self._comparisons.outcome(request_id, task, index, truth)
+
+    @property
+    def _view(self) -> IndexView:
+        return self._follower.catalog.snapshot.view
