@@ -147,7 +147,9 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         asked = settings.separate_approval
         return asked if asked is not None else access.is_guarded
 
-    rollout = Rollout(following, store, loader, follower, comparisons, url=registry.shown_url, separate=is_separate)
+    rollout = Rollout(
+        following, store, loader, follower, comparisons, metrics, url=registry.shown_url, separate=is_separate
+    )
     return Runtime(
         settings,
         loader.engine,

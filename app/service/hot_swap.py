@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SAVE_EVERY_S = 1.0
 _RETRY_FIRST_S, _RETRY_MOST_S = 2.0, 60.0  # for versions that could not be served
+_NICENESS = 5
 _LISTED = 10  # names that a line of the log has
 _SLICE_S = 0.25  # how long closing may take
 
@@ -363,6 +365,7 @@ class Follower:
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        _step_back()
         hints = self._index.hints() if self._has_hints else None
         due_s = time.monotonic() + self._poll_s
         try:
@@ -403,6 +406,12 @@ class Follower:
             self._store.trim(set(self._residents.live))
         except (ManifoldError, OSError) as error:
             logger.error("the last good state could not be saved, a restart would need the index: %s", error)
+
+
+def _step_back() -> None:
+    """Loading must not slow answers down: where cores are scarce this thread waits. On Linux each has its own place."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _missing(before: IndexView, view: IndexView) -> list[str]:

@@ -6,6 +6,7 @@ Knows the engine; nothing of the index, of stores or of requests.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -21,6 +22,7 @@ from app.errors import ArtifactError, BackboneError, ManifoldError
 
 FULL_TOLERANCE = 1e-4  # what golden scores may differ by in float32
 HALF_TOLERANCE = 1e-2  # and in the 16-bit types
+_REMEMBERED = 10_000
 _NOT_ON_CARDS = ("golden", "score_baseline")  # long, and only for those who have the artifact
 
 
@@ -52,20 +54,22 @@ class Loader:
         self.engine = engine
         self.tokenizer = tokenizer
         self.tolerance = tolerance
+        self._passed: OrderedDict[str, float | None] = OrderedDict()  # digest → worst difference of its golden scores
 
     def load(self, folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
         """Raises ArtifactError with every fault; nothing stays resident then that was not so before.
 
-        `options` complete a folder that comes straight from PEFT.
+        `options` complete a folder that comes straight from PEFT. Content whose golden examples came out right before
+        is not asked again: nothing that they depend on has changed.
         """
         artifact = read_artifact(folder, self.engine.spec, options)
         handle = self.engine.load(artifact)
         try:
-            difference = check_golden(self.engine, self.tokenizer, artifact)
-            self._check(artifact, difference)
+            if artifact.digest not in self._passed:
+                self._remember(artifact, self._golden_difference(artifact))
         finally:
             self.engine.unload(artifact.digest)  # from here on only the handle keeps it
-        return Loaded(artifact, handle, difference)
+        return Loaded(artifact, handle, self._passed[artifact.digest])
 
     def representation(self) -> tuple[TaskVersion, object]:
         """The backbone's own, after a first forward. Raises BackboneError where it cannot do one."""
@@ -90,10 +94,17 @@ class Loader:
                 continue  # it is told where it is loaded to serve
         return max((d for d in differences if d is not None), default=None)
 
-    def _check(self, artifact: Artifact, difference: float | None) -> None:
+    def _remember(self, artifact: Artifact, difference: float | None) -> None:
+        self._passed[artifact.digest] = difference
+        while len(self._passed) > _REMEMBERED:
+            self._passed.popitem(last=False)
+
+    def _golden_difference(self, artifact: Artifact) -> float | None:
+        difference = check_golden(self.engine, self.tokenizer, artifact)
         if difference is not None and not difference <= self.tolerance:  # not a number is no agreement either
             fault = f"golden scores differ by {difference:.2g}, and {self.tolerance:.0e} is allowed"
             raise ArtifactError(artifact.manifest["task"], [fault])
+        return difference
 
 
 def card_of(manifest: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from app.errors import ArtifactError, ConflictError
 from app.registry.comparison import Comparisons, Said
@@ -36,6 +36,9 @@ from app.service.hot_swap import Follower
 from app.service.loading import Loader
 from app.service.ports import IndexState, Published
 from app.service.resolve import find_record
+from app.telemetry import Metrics
+
+T = TypeVar("T")
 
 _AT_FIRST = 1  # the number in a folder that has none yet
 
@@ -48,6 +51,7 @@ class Rollout:
         loader: Loader,
         follower: Follower,
         comparisons: Comparisons,
+        metrics: Metrics,
         *,
         url: str,
         separate: Callable[[], bool],
@@ -55,7 +59,7 @@ class Rollout:
         """`url`: of the index, for people, without credentials. `separate`: whether nobody approves their own."""
         self._index, self._store, self._loader = index, store, loader
         self._follower, self._comparisons = follower, comparisons
-        self._url, self._separate = url, separate
+        self._metrics, self._url, self._separate = metrics, url, separate
 
     # -- versions ------------------------------------------------------------------------------------------------------
 
@@ -77,31 +81,35 @@ class Rollout:
         self._follower.sync()
         known = self._view.tasks.get(task)
         is_known = known is not None and any(v.digest == new.digest for v in known.versions.values())
-        record, generation = self._index.publish(principal.name, task, new.digest, new.card, new.size_bytes, reason)
+        record, generation = self._followed(
+            self._index.publish(principal.name, task, new.digest, new.card, new.size_bytes, reason)
+        )
         return Published(record, generation, not is_known)
 
     def decide(
         self, principal: Principal, task: str, version: int, state: State, reason: str
     ) -> tuple[VersionRecord, int]:
-        return self._index.decide(principal.name, task, version, state, reason, self._separate())
+        return self._followed(self._index.decide(principal.name, task, version, state, reason, self._separate()))
 
     # -- traffic -------------------------------------------------------------------------------------------------------
 
     def set_traffic(
         self, principal: Principal, task: str, wish: TrafficWish, reason: str, if_match: int | None
     ) -> tuple[TaskRecord, int]:
-        return self._index.set_traffic(principal.name, task, wish, reason, if_match)
+        return self._followed(self._index.set_traffic(principal.name, task, wish, reason, if_match))
 
     def rollback(self, principal: Principal, task: str, reason: str, if_match: int | None) -> tuple[TaskRecord, int]:
-        return self._index.rollback(principal.name, task, reason, if_match)
+        changed = self._followed(self._index.rollback(principal.name, task, reason, if_match))
+        self._metrics.rolled_back(task, "operator")
+        return changed
 
     def release(
         self, principal: Principal, wishes: Mapping[str, TrafficWish], reason: str, if_match: int | None
     ) -> Release:
-        return self._index.release(principal.name, wishes, reason, if_match)
+        return self._followed(self._index.release(principal.name, wishes, reason, if_match))
 
     def rollback_release(self, principal: Principal, release_id: str, reason: str) -> Release:
-        return self._index.rollback_release(principal.name, release_id, reason)
+        return self._followed(self._index.rollback_release(principal.name, release_id, reason))
 
     def releases(self, limit: int) -> Sequence[Release]:
         return self._index.releases(limit)
@@ -115,9 +123,7 @@ class Rollout:
         return self._index.verify_audit()
 
     def create_key(self, principal: Principal, name: str, roles: frozenset[Role]) -> tuple[KeyRecord, str]:
-        created = self._index.create_key(principal.name, name, roles)
-        self._follower.sync()  # this server asks for it from the next request on
-        return created
+        return self._followed(self._index.create_key(principal.name, name, roles))
 
     def revoke_key(self, principal: Principal, key_id: str) -> None:
         self._index.revoke_key(principal.name, key_id)
@@ -150,9 +156,7 @@ class Rollout:
         return self._follower.lost
 
     def _settle(self, principal: Principal, view: IndexView, reason: str) -> int:
-        generation = self._index.restore(principal.name, view, reason)
-        self._follower.sync()
-        return generation
+        return self._followed(self._index.restore(principal.name, view, reason))
 
     # -- what was compared ---------------------------------------------------------------------------------------------
 
@@ -165,6 +169,11 @@ class Rollout:
     def feedback(self, request_id: str, task: str, index: int, truth: Said) -> bool:
         """False where the same was reported before."""
         return self._comparisons.outcome(request_id, task, index, truth)
+
+    def _followed(self, outcome: T) -> T:
+        """Whoever changed something through this server finds it changed here with the answer."""
+        self._follower.sync()
+        return outcome
 
     @property
     def _view(self) -> IndexView:
