@@ -52,6 +52,7 @@ TEXTS = (
     "move my appointment to friday, please, at ten if that is possible",
 )
 SERVERS = 3
+TOLERANCE = 2e-5  # what the texts beside it in a batch make of a score; versions differ by much more
 
 
 @dataclass
@@ -124,7 +125,7 @@ async def request(client: httpx2.AsyncClient, url: str, golden: Golden, load: Lo
     for task in TASKS:
         said = result[task]
         expected = golden.scores[task, said["version"], text]
-        if any(abs(said["scores"][label] - score) > 2e-6 for label, score in expected.items()):
+        if any(abs(said["scores"][label] - score) > TOLERANCE for label, score in expected.items()):
             load.wrong.append(f"{task}@{said['version']}: {said['scores']} is not {expected}")
     load.seen.append((body["generation"], tuple(result[task]["version"] for task in TASKS)))
 
