@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 import uvloop
@@ -96,6 +96,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     registry = opened.enter_context(
         open_registry(settings.home, settings.redis_url, settings.artifacts_url, settings.cache_limit_bytes)
     )
+    logger.info("the index is %s", registry.shown_url)
     following, store, comparisons = registry.index, registry.store, Comparisons(registry.redis)
     beginning = find_beginning(following, registry.last_good)
     check_host(settings, beginning is not None and bool(beginning.view.keys))
@@ -160,6 +161,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         access,
         metrics,
         lambda: follower.health,
+        registry.abandon,
         opened.close,
     )
 
@@ -183,7 +185,7 @@ def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, drains, returns the exit status. Raises ManifoldError where it cannot start."""
     configure_logging(settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit_at_once)  # while loading, there is nothing to drain
+        signal.signal(number, _stop_loading)  # there is nothing to drain yet
     began_s = time.monotonic()
     with _bound_socket(settings) as listener:
         runtime = open_runtime(settings)
@@ -246,7 +248,9 @@ class Server(uvicorn.Server):
 
     def _on_signal(self, number: int) -> None:
         if self._draining is not None:
-            _exit_at_once(number, None)
+            self._runtime.abandon()
+            logging.shutdown()
+            os._exit(128 + number)
         self._runtime.admission.drain()
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
@@ -333,6 +337,5 @@ def _ready_line(runtime: Runtime, listener: socket.socket, duration_s: float) ->
     return f"ready at {address} with {spec.name} on {spec.device} in {spec.dtype}, {live}, after {duration_s:.1f} s"
 
 
-def _exit_at_once(number: int, _: FrameType | None) -> None:
-    logging.shutdown()
-    os._exit(128 + number)
+def _stop_loading(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # whatever is open already is closed on the way out

@@ -283,5 +283,15 @@ def make_runtime(
         workers.shutdown(cancel_futures=True)
 
     return Runtime(
-        settings, engine, catalog, inference, admission, rollout, access, Metrics(), lambda: IndexHealth(up=True), close
+        settings,
+        engine,
+        catalog,
+        inference,
+        admission,
+        rollout,
+        access,
+        Metrics(),
+        lambda: IndexHealth(up=True),
+        lambda: None,
+        close,
     )

@@ -119,9 +119,9 @@ def test_what_cannot_be_loaded_is_one_sentence_and_status_1(
 
 def test_a_signal_while_loading_ends_it_at_once(tmp_path: Path) -> None:
     with ServerProcess("app.cli", "serve", "--port", "0", "--prefixes", str(tmp_path)) as server:
-        wait_for(lambda: any("no keys are configured" in line for line in server.log), 30)
+        wait_for(lambda: any("the index is embedded" in line for line in server.log), 30)
         server.signal(signal.SIGTERM)
-        assert server.wait(5) == 128 + signal.SIGTERM
+        assert server.wait(10) == 128 + signal.SIGTERM
 
 
 def test_the_real_server_answers_with_the_embedded_backbone(tmp_path: Path) -> None:

@@ -8,15 +8,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, cast
 
 from redis import Redis
-from redis.exceptions import RedisError
 
-from app.errors import ConflictError, NotFoundError, UnavailableError
+from app.errors import ConflictError, NotFoundError
+from app.registry.connection import reached
+from app.registry.schema import (
+    ADD_BATCH,
+    ADD_OUTCOME,
+    KEEP,
+    KEPT,
+    answers_key,
+    comparison_key,
+    comparisons_key,
+    experiment_key,
+    flushed_key,
+)
 
 Said = str | float | list[Any] | None  # a label, sorted labels, a value, sorted [label, start, end]; None: it failed
 
@@ -24,59 +34,6 @@ FIGURES_TTL_S = 90 * 86_400  # what nobody added to for this long is dropped
 MAX_KEPT = 200_000  # texts whose answers are kept, the newest: about 0.5 KB each for three versions
 _SOURCE_TTL_S = 86_400
 _CHUNK = 1_000  # texts in one round trip
-_KEPT_LIST = b"{manifold}:kept"  # keys of kept answers, oldest first
-
-# `entries` is JSON: for each pair the positions of its hashes and of its champion's list in KEYS, and what to add.
-_ADD = """
-local function add(entries, ttl_s)
-  for _, entry in ipairs(cjson.decode(entries)) do
-    for _, position in ipairs(entry.hashes) do
-      local key = KEYS[position]
-      for name, amount in pairs(entry.sums) do redis.call('HINCRBYFLOAT', key, name, amount) end
-      for name, value in pairs(entry.largest) do
-        local known = redis.call('HGET', key, name)
-        if not known or tonumber(value) > tonumber(known) then redis.call('HSET', key, name, value) end
-      end
-      redis.call('EXPIRE', key, ttl_s)
-    end
-    redis.call('SADD', KEYS[entry.list], entry.other)
-    redis.call('EXPIRE', KEYS[entry.list], ttl_s)
-  end
-end
-"""
-# KEYS[1]: the number of the last batch from this source. A batch sent again counts once.
-_ADD_BATCH = (
-    _ADD
-    + """
-local number, entries, ttl_s, source_ttl_s = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
-if number <= tonumber(redis.call('GET', KEYS[1]) or '0') then return 0 end
-add(entries, ttl_s)
-redis.call('SET', KEYS[1], number, 'EX', source_ttl_s)
-return 1
-"""
-)
-# KEYS[1]: the answers to a text. They change from what was said to the truth in the step that counts it.
-_ADD_OUTCOME = (
-    _ADD
-    + """
-local said, truth, entries, ttl_s = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-if redis.call('GET', KEYS[1]) ~= said then return 0 end
-add(entries, ttl_s)
-redis.call('SET', KEYS[1], truth, 'KEEPTTL')
-return 1
-"""
-)
-# KEYS[1]: the list of kept answers. A text that is there already keeps its first answers; the oldest make room.
-_KEEP = """
-local ttl_s, most = ARGV[1], tonumber(ARGV[2])
-for position = 2, #KEYS do
-  if redis.call('SET', KEYS[position], ARGV[position + 1], 'NX', 'EX', ttl_s) then
-    redis.call('RPUSH', KEYS[1], KEYS[position])
-  end
-end
-for _ = 1, redis.call('LLEN', KEYS[1]) - most do redis.call('UNLINK', redis.call('LPOP', KEYS[1])) end
-redis.call('EXPIRE', KEYS[1], ttl_s)
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,33 +115,33 @@ class Comparisons:
     def __init__(self, redis: Redis, max_kept: int = MAX_KEPT) -> None:
         self._redis = redis
         self._max_kept = max_kept
-        self._keep = redis.register_script(_KEEP)
-        self._add_batch = redis.register_script(_ADD_BATCH)
-        self._add_outcome = redis.register_script(_ADD_OUTCOME)
+        self._keep = redis.register_script(KEEP)
+        self._add_batch = redis.register_script(ADD_BATCH)
+        self._add_outcome = redis.register_script(ADD_OUTCOME)
 
     def add(self, batch: Batch) -> bool:
         """False where this batch, sent again because its answer was lost, had been counted."""
-        keys = [_source_key(batch.source)]
+        keys = [flushed_key(batch.source)]
         entries = _entries(batch.figures, keys)
-        with _reached():
+        with reached():
             return bool(self._add_batch(keys, [batch.number, entries, FIGURES_TTL_S, _SOURCE_TTL_S]))
 
     def keep(self, answers: Iterable[KeptAnswers], ttl_s: int) -> None:
         """For `outcome`. Of a text that is kept already, the first answers stay: its outcome counts once."""
         remaining = iter(answers)
-        with _reached():
+        with reached():
             while chunk := list(islice(remaining, _CHUNK)):
-                keys = [_answers_key(kept.request_id, kept.task, kept.index) for kept in chunk]
-                self._keep([_KEPT_LIST, *keys], [ttl_s, self._max_kept, *map(_kept_to_json, chunk)])
+                keys = [answers_key(kept.request_id, kept.task, kept.index) for kept in chunk]
+                self._keep([KEPT, *keys], [ttl_s, self._max_kept, *map(_kept_to_json, chunk)])
 
     def outcome(self, request_id: str, task: str, index: int, truth: Said) -> bool:
         """Counts the truth of one text for every pair of versions that was asked. False: the same was told before.
 
         Raises NotFoundError where no answers are kept, ConflictError where another truth was told.
         """
-        key = _answers_key(request_id, task, index)
+        key = answers_key(request_id, task, index)
         while True:  # twice at most: whoever comes between us counts it
-            with _reached():
+            with reached():
                 raw = self._redis.get(key)
             if raw is None:
                 raise NotFoundError(
@@ -197,14 +154,14 @@ class Comparisons:
             keys = [key]
             entries = _entries(_judged(task, kept, truth), keys)
             counted = json.dumps({"truth": truth})
-            with _reached():
+            with reached():
                 if self._add_outcome(keys, [cast(str, raw), counted, entries, FIGURES_TTL_S]):
                     return True
 
     def read(self, task: str, champion: str) -> dict[str, PairFigures]:
         """The figures of every version compared with this champion, over all time, by digest."""
-        with _reached():
-            others = self._redis.smembers(cast(str, _list_key(task, champion)))
+        with reached():
+            others = self._redis.smembers(cast(str, comparisons_key(task, champion)))
         digests = sorted(_text(other) for other in others)
         figures = self.read_pairs([PairKey(task, champion, other) for other in digests])
         return {other: found for other, found in zip(digests, figures, strict=True) if found != PairFigures()}
@@ -214,38 +171,13 @@ class Comparisons:
         pipeline = self._redis.pipeline(transaction=False)
         for pair in pairs:
             pipeline.hgetall(cast(str, _hash_keys(pair)[-1]))
-        with _reached():
+        with reached():
             return [_from_hash(found) for found in pipeline.execute()]
 
 
-@contextmanager
-def _reached() -> Iterator[None]:
-    try:
-        yield
-    except RedisError as error:
-        raise UnavailableError(f"the index does not answer, try again later: {error}") from error
-
-
 def _hash_keys(pair: PairKey) -> list[bytes]:
-    overall = f"{{manifold}}:comparison:{pair.task}:{pair.champion}:{pair.other}"
-    return [_bytes(overall), *([_bytes(f"{overall}:{pair.experiment}")] if pair.experiment else [])]
-
-
-def _list_key(task: str, champion: str) -> bytes:
-    return _bytes(f"{{manifold}}:comparisons:{task}:{champion}")
-
-
-def _source_key(source: str) -> bytes:
-    return _bytes(f"{{manifold}}:flushed:{source}")
-
-
-def _answers_key(request_id: str, task: str, index: int) -> bytes:
-    return _bytes(f"{{manifold}}:answers:{index}:{task}:{request_id}")
-
-
-def _bytes(text: str) -> bytes:
-    """Names come from outside, and not every string that JSON can carry is UTF-8."""
-    return text.encode("utf-8", "surrogatepass")
+    overall = comparison_key(pair.task, pair.champion, pair.other)
+    return [overall, *([experiment_key(overall, pair.experiment)] if pair.experiment else [])]
 
 
 def _text(value: bytes | str) -> str:
@@ -258,7 +190,7 @@ def _entries(figures: Mapping[PairKey, PairFigures], keys: list[bytes]) -> str:
     for pair, added in figures.items():
         hashes = _hash_keys(pair)
         start = len(keys) + 1  # Lua counts from 1
-        keys += [*hashes, _list_key(pair.task, pair.champion)]
+        keys += [*hashes, comparisons_key(pair.task, pair.champion)]
         sums = {name: repr(amount) for name, amount in _sums(added) if amount}
         largest = {_LARGEST: repr(added.largest_difference)} if added.differences else {}
         positions = list(range(start, start + len(hashes)))

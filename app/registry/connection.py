@@ -71,9 +71,7 @@ def _check(url: str) -> None:
         raise SettingsError(f"the Redis URL names several hosts: {_ANY_OTHER}")
     database = "" if scheme == "unix" else _path(url)
     if not re.fullmatch(r"(/\d*)?", database):
-        raise SettingsError(
-            f"the Redis URL {public_url(url)} has {database} where a database's number may stand"
-        )
+        raise SettingsError(f"the Redis URL {public_url(url)} has {database} where a database's number may stand")
 
 
 def _check_role(client: Redis, url: str) -> None:

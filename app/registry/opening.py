@@ -27,6 +27,7 @@ class Registry:
     store: ArtifactStore
     last_good: LastGood
     shown_url: str  # of the index, without credentials
+    abandon: Callable[[], None]  # ends an index of our own, when the process is about to end without closing
     revive: Callable[[], None] | None  # starts an index of our own again; None where it is somebody else's
 
 
@@ -41,15 +42,20 @@ def open_registry(
     except OSError as error:
         raise SettingsError(f"the home folder {home} cannot be made: {error.strerror or error}") from error
     with contextlib.ExitStack() as opened:
-        revive = None
+        revive, abandon = None, _nothing
         if redis_url is None:
             embedded = EmbeddedRedis(home)
             opened.callback(embedded.close)
             embedded.ensure_running()
-            redis_url, revive, shown_url = embedded.url, embedded.ensure_running, f"embedded in {home}"
+            redis_url, revive, abandon = embedded.url, embedded.ensure_running, embedded.close
+            shown_url = f"embedded in {home}"
         else:
             shown_url = public_url(redis_url)
         redis = connect(redis_url)
         opened.callback(redis.close)
         store = ArtifactStore(artifacts_url or f"file://{home / 'artifacts'}", home / "cache", cache_limit_bytes)
-        yield Registry(redis, Index(redis), store, LastGood(home / "last-good.json"), shown_url, revive)
+        yield Registry(redis, Index(redis), store, LastGood(home / "last-good.json"), shown_url, abandon, revive)
+
+
+def _nothing() -> None:
+    """What there is to do for an index that is somebody else's."""

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from app.domain import ProblemType, Snapshot, Task, TaskVersion
 from app.errors import ArtifactError, ManifoldError, UnavailableError
 from app.registry.hints import Hints
-from app.registry.index import Index
+from app.registry.index import Index, Pulse
 from app.registry.last_good import LastGood
 from app.registry.store import ArtifactStore
 from app.rollout import EMPTY_VIEW, IndexView, State, TaskRecord, Traffic, VersionRecord
@@ -142,6 +142,7 @@ class Follower:
         self.left_out_at_start: dict[str, str] = {}  # artifacts of the folder that an empty index began with
         self.health = IndexHealth(contact_s=time.monotonic())
         self._followed = EMPTY_VIEW  # as the index said last
+        self._mark = ("", 0, 0.0)  # what its pulse was then
         self._is_whole = True  # no: it is a last good state, which holds live versions only
         self._kept: Mapping[str, TaskRecord] = {}  # live here, and gone from the index
         self.lost: IndexView | None = None  # what the index said before it lost some of it
@@ -149,6 +150,7 @@ class Follower:
         self._failures: dict[tuple[str, int], _Failure] = {}
         self._lock = threading.RLock()  # one sync at a time
         self._saved_s, self._is_dirty = 0.0, False
+        self._told_of_revival = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
@@ -184,7 +186,7 @@ class Follower:
         with self._lock:
             try:
                 pulse = self._index.pulse()
-                view = self._read(pulse.index_id, pulse.generation)
+                view = self._read(pulse)
             except UnavailableError as error:
                 self._lost(error)
                 return False
@@ -202,13 +204,16 @@ class Follower:
 
     # -- reading the index ---------------------------------------------------------------------------------------------
 
-    def _read(self, index_id: str, generation: int) -> IndexView:
-        before = self._followed
-        if self._is_whole and (index_id, generation) == (before.index_id, before.generation):
+    def _read(self, pulse: Pulse) -> IndexView:
+        before, is_whole = self._followed, self._is_whole
+        mark = (pulse.index_id, pulse.generation, pulse.changed_at_s)
+        if is_whole and mark == self._mark:
             return before
-        view = self._index.update(before) if self._is_whole and before.index_id else self._index.view()
+        is_same = is_whole and (pulse.index_id, pulse.generation) == self._mark[:2]  # an older one that moved on as far
+        view = self._index.update(before) if is_whole and before.index_id and not is_same else self._index.view()
+        self._mark = mark
         self._is_whole = True
-        if before.index_id and (view.index_id != before.index_id or view.generation < before.generation):
+        if before.index_id and (is_same or view.index_id != before.index_id or view.generation < before.generation):
             self._went_back(before, view)
         self._kept = {name: record for name, record in self._kept.items() if name not in view.tasks}
         if self.lost is not None and not _missing(self.lost, view):
@@ -226,6 +231,9 @@ class Follower:
         elif view.index_id != before.index_id:
             told = f"the index is another one, at generation {view.generation}"
         missing = _missing(before, view)
+        idle = [name for name in self._live if name in view.tasks and view.tasks[name].traffic is None]
+        if idle:
+            told += f", where nothing is live of {_names(idle)}"
         self._kept = {name: live.task.record for name, live in self._live.items() if name not in view.tasks}
         self.lost = self.lost or (before if missing else None)
         self.health = replace(self.health, went_back=told)
@@ -234,6 +242,7 @@ class Follower:
     def _answered(self) -> None:
         if not self.health.up:
             logger.info("the index answers")
+            self._told_of_revival = False
         self.health = replace(self.health, up=True, reason="", contact_s=time.monotonic())
         self._metrics.index_answered()
 
@@ -246,7 +255,9 @@ class Follower:
             try:
                 self._revive()
             except ManifoldError as failure:
-                logger.error("starting the index again failed: %s", failure)
+                if not self._told_of_revival:
+                    logger.error("starting the index again failed: %s", failure)
+                self._told_of_revival = True
 
     # -- following -----------------------------------------------------------------------------------------------------
 
@@ -347,12 +358,11 @@ class Follower:
         delay_s = _RETRY_FIRST_S if before is None else min(2 * before.delay_s, _RETRY_MOST_S)
         reason = str(error) if isinstance(error, ManifoldError) else f"loading it failed: {error}"
         self._failures[key] = _Failure(reason, record.digest, time.monotonic() + delay_s, delay_s)
-        if before is not None and before.reason == reason:
-            return
-        logger.error("%s@%d is not served: %s", *key, reason, exc_info=not isinstance(error, ManifoldError))
-        self._metrics.load_failed(type(error).__name__ if isinstance(error, ManifoldError) else "unexpected")
         with contextlib.suppress(UnavailableError):
-            self._index.report_failure(self._server, *key, reason)
+            self._index.report_failure(self._server, *key, reason)  # also when it was: reports grow old
+        if before is None or before.reason != reason:
+            logger.error("%s@%d is not served: %s", *key, reason, exc_info=not isinstance(error, ManifoldError))
+            self._metrics.load_failed(type(error).__name__ if isinstance(error, ManifoldError) else "unexpected")
 
     def _recovered(self, task: str, number: int) -> None:
         del self._failures[task, number]

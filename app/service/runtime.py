@@ -27,6 +27,7 @@ class Runtime:
     access: Access
     metrics: Metrics
     index_health: Callable[[], IndexHealth]
+    abandon: Callable[[], None]  # what must be done even where the process ends at once
     close: Callable[[], None]
 
     def check_live(self) -> None:
