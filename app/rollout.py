@@ -51,7 +51,7 @@ class KeyRecord:
     id: str
     name: str  # of the principal; no two keys share one
     roles: frozenset[Role]
-    hash: str  # sha256 of the whole token, hex
+    hash: str  # sha256 of the whole token, hex; "" once it is revoked: the record stays, so that no backup revives it
     created_by: str
     created_at: float  # seconds since the epoch, by the index's clock
 
@@ -218,6 +218,7 @@ class IndexView:
     generation: int
     tasks: Mapping[str, TaskRecord]
     keys: Mapping[str, KeyRecord]  # by id
+    settled: int = 0  # the generation in which an operator decided last about what the index had lost
 
 
 EMPTY_VIEW = IndexView("", 0, MappingProxyType({}), MappingProxyType({}))

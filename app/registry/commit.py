@@ -52,6 +52,7 @@ class Meta:
     changed_at_s: float = 0.0  # by the index's clock
     audit_count: int = 0
     audit_head: str = ""
+    settled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Change:
     writes: Sequence[Write] = ()  # beside them
     generation: int | None = None  # the new one, where it is not the next
     is_note: bool = False  # nothing changes but the log
+    settles: bool = False  # it decides about what the index had lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ class Ledger:
             if look.is_steady and set(names) & set(asked):
                 raise UnavailableError(f"task {names[0]} in the index was damaged: its last change is not what it says")
         tasks = {name: known[name] for name in sorted(look.changed)}
-        return IndexView(index_id, look.meta.generation, MappingProxyType(tasks), MappingProxyType(look.keys))
+        keys = MappingProxyType(look.keys)
+        return IndexView(index_id, look.meta.generation, MappingProxyType(tasks), keys, look.meta.settled)
 
     def _look(self, names: Sequence[str]) -> _Look:
         with reached():
@@ -273,7 +276,8 @@ def _writes(change: Change, entry: AuditEntry, present: Present) -> Iterator[Wri
         return
     index_id = present.meta.index_id or uuid.uuid4().hex
     moved = {"generation": str(entry.generation), "changed_at": repr(entry.at), "index_id": index_id}
-    yield set_fields(META, heading | moved)
+    settled = {"settled": str(entry.generation)} if change.settles else {}
+    yield set_fields(META, heading | moved | settled)
     yield Write("PUBLISH", HINTS, [entry.generation])
 
 
@@ -292,6 +296,7 @@ def _meta(found: Mapping[bytes, bytes]) -> Meta:
             changed_at_s=float(fields.get("changed_at", 0.0)),
             audit_count=int(fields.get("audit_count", 0)),
             audit_head=fields.get("audit_head", ""),
+            settled=int(fields.get("settled", 0)),
         )
     except ValueError as error:
         raise UnavailableError(f"the heading of the index cannot be read, it was damaged: {error}") from error

@@ -23,6 +23,7 @@ from app.registry.hints import Hints
 from app.registry.restoring import restored
 from app.registry.schema import FAILURES, KEYS, RELEASES, failure_field, from_bytes, to_bytes
 from app.rollout import (
+    EMPTY_VIEW,
     AuditEntry,
     AuditVerdict,
     IndexView,
@@ -39,7 +40,7 @@ from app.rollout import (
 )
 
 _ACTIONS = {State.APPROVED: "approve", State.REJECTED: "reject", State.RETIRED: "retire"}
-_FAILURE_TTL_S = 86_400.0  # of servers that are gone without a word
+_FAILURE_TTL_S = 300  # servers report again at least once a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +203,14 @@ class Index:
 
     # -- what was lost -------------------------------------------------------------------------------------------------
 
-    def restore(self, actor: str, view: IndexView, reason: str) -> int:
-        """Writes what the index lacks of `view`: versions, tasks, keys. What it has stays as it is."""
+    def restore(self, actor: str, view: IndexView, reason: str, since: int = 0) -> int:
+        """Writes what the index lacks of `view`: versions, tasks, keys; and traffic that did not change above `since`.
+
+        This settles the loss: servers hold on to nothing of it any more.
+        """
 
         def make(present: Present) -> tuple[Change, None]:
-            tasks = restored(present.tasks, view.tasks)
+            tasks = restored(present.tasks, view.tasks, since)
             keys = {id_: key for id_, key in view.keys.items() if to_bytes(id_) not in present.hashes[KEYS]}
             stands = {name: _stand(record) for name, record in tasks.items()}
             change = Change(
@@ -216,6 +220,7 @@ class Index:
                 tasks=tasks,
                 writes=list(map(_key_write, keys.values())),
                 generation=max(present.meta.generation, view.generation) + 1,
+                settles=True,
             )
             return change, None
 
@@ -243,21 +248,24 @@ class Index:
         token = f"mf_{key_id}_{secrets.token_urlsafe(32)}"
 
         def make(present: Present) -> tuple[Change, KeyRecord]:
-            if any(_key(raw).name == name for raw in present.hashes[KEYS].values()):
+            taken = [key for key in map(_key, present.hashes[KEYS].values()) if key.hash]
+            if any(key.name == name for key in taken):
                 raise ConflictError(f"there is a key with the name {name} already: revoke it, or choose another name")
             key = KeyRecord(key_id, name, roles, hash_token(token), actor, present.now_s)
             return Change("create_key", after=_shown_key(key), writes=[_key_write(key)]), key
 
         return self._ledger.commit(actor, "", make, hashes=[KEYS])[0], token
 
-    def revoke_key(self, actor: str, key_id: str) -> None:
-        field = to_bytes(key_id)
+    def revoke_key(self, actor: str, key_id: str, lost: Mapping[str, KeyRecord] = EMPTY_VIEW.keys) -> None:
+        """`lost`: keys that servers still accept although the index has lost them. Raises NotFoundError."""
 
         def make(present: Present) -> tuple[Change, None]:
-            raw = present.hashes[KEYS].get(field)
-            if raw is None:
+            raw = present.hashes[KEYS].get(to_bytes(key_id))
+            key = _key(raw) if raw is not None else lost.get(key_id)
+            if key is None or not key.hash:
                 raise NotFoundError(f"there is no key with the id {key_id[:100]}")
-            return Change("revoke_key", before=_shown_key(_key(raw)), writes=[Write("HDEL", KEYS, [field])]), None
+            revoked = replace(key, hash="", roles=frozenset())
+            return Change("revoke_key", before=_shown_key(key), writes=[_key_write(revoked)]), None
 
         self._ledger.commit(actor, "", make, hashes=[KEYS])
 

@@ -9,13 +9,16 @@ from app.registry import changes
 from app.rollout import TaskRecord
 
 
-def restored(present: Mapping[str, TaskRecord], lost: Mapping[str, TaskRecord]) -> dict[str, TaskRecord]:
-    """The tasks that must be written. What the index has stays as it is."""
-    merged = {name: _merged(present.get(name), record) for name, record in lost.items()}
+def restored(present: Mapping[str, TaskRecord], lost: Mapping[str, TaskRecord], since: int) -> dict[str, TaskRecord]:
+    """The tasks that must be written. Versions that the index has stay as they are.
+
+    Traffic comes back too, but not over a change that was made above the generation `since`.
+    """
+    merged = {name: _merged(present.get(name), record, since) for name, record in lost.items()}
     return {name: record for name, record in merged.items() if record is not present.get(name)}
 
 
-def _merged(present: TaskRecord | None, lost: TaskRecord) -> TaskRecord:
+def _merged(present: TaskRecord | None, lost: TaskRecord, since: int) -> TaskRecord:
     if present is None:
         return lost
     merged = present
@@ -25,6 +28,7 @@ def _merged(present: TaskRecord | None, lost: TaskRecord) -> TaskRecord:
             free = number if number not in merged.versions else max(merged.versions) + 1
             merged = changes.with_versions(merged, [replace(version, version=free)])
     live = lost.traffic.live if lost.traffic is not None else ()
-    if merged.traffic is None and live and all(merged.versions.get(n) == lost.versions.get(n) for n in live):
+    is_older = merged.traffic is None or (merged.traffic != lost.traffic and present.changed <= since)
+    if is_older and live and all(merged.versions.get(n) == lost.versions.get(n) for n in live):
         return replace(merged, traffic=lost.traffic, previous=lost.previous)
     return merged

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 SCHEMA_VERSION = 1
 
-META = b"{manifold}:meta"  # hash: schema, index_id, generation, changed_at, audit_count, audit_head
+META = b"{manifold}:meta"  # hash: schema, index_id, generation, changed_at, settled, audit_count, audit_head
 CHANGED = b"{manifold}:changed"  # sorted set: task by the generation of its last change
 AUDIT = b"{manifold}:audit"  # list of entries as JSON, entry n at position n-1
 RELEASES = b"{manifold}:releases"  # hash: id → JSON

@@ -44,9 +44,13 @@ def find_beginning(index: Index, last_good: LastGood) -> Beginning | None:
             raise UnavailableError(f"{error}; and there is no last good state to start from") from error
         logger.error("%s; starting from the last good state, of generation %d", error, saved.generation)
         return Beginning(saved, is_whole=False)
-    if view.index_id:
-        return Beginning(view, is_whole=True)
-    return Beginning(saved, is_whole=False) if saved is not None and saved.tasks else None
+    if saved is not None and (saved.tasks or saved.keys) and _went_back(saved, view):
+        return Beginning(saved, is_whole=False)  # the first look at the index tells what it lost meanwhile
+    return Beginning(view, is_whole=True) if view.index_id else None
+
+
+def _went_back(saved: IndexView, view: IndexView) -> bool:
+    return saved.index_id != view.index_id or saved.generation > view.generation
 
 
 def live_folders(beginning: Beginning | None, store: ArtifactStore, shipped: Path) -> Iterator[Path]:
@@ -99,7 +103,9 @@ class _Import:
         version = loaded.artifact.version(folder.version)
         if (version.task, version.version) in self.versions or version.task == self.loader.engine.spec.name:
             raise ArtifactError(version.task, [f"another folder has version {version.version} of the same name"])
-        self.versions[version.task, version.version] = new_version(self.store, loaded, folder.path, folder.version)
+        new = new_version(self.store, loaded, folder.path, folder.version)
+        self.store.fetch(new.digest)  # into the cache, for a start without the store
+        self.versions[version.task, version.version] = new
         self.follower.keep(version, loaded.handle)
 
 

@@ -11,9 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from app.domain import ProblemType, Snapshot, Task, TaskVersion
@@ -22,26 +21,18 @@ from app.registry.hints import Hints
 from app.registry.index import Index, Pulse
 from app.registry.last_good import LastGood
 from app.registry.store import ArtifactStore
-from app.rollout import EMPTY_VIEW, IndexView, State, TaskRecord, Traffic, VersionRecord
+from app.rollout import EMPTY_VIEW, IndexView, KeyRecord, State, TaskRecord, Traffic, VersionRecord
 from app.service.catalog import Catalog
 from app.service.loading import Loader
+from app.service.losses import Loss, find_loss
+from app.service.residents import Failure, Resident, Residents
 from app.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 
 _SAVE_EVERY_S = 1.0
-_RETRY_FIRST_S, _RETRY_MOST_S = 2.0, 60.0  # for versions that could not be served
 _NICENESS = 5
-_LISTED = 10  # names that a line of the log has
-_SLICE_S = 0.25  # how long closing may take
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Resident:
-    """A version that is loaded, as long as somebody holds this."""
-
-    version: TaskVersion
-    handle: object
+_SLICE_S = 0.25  # the longest wait in one piece, so that closing does not take a poll's time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,61 +50,14 @@ class IndexHealth:
     up: bool = False
     reason: str = ""  # why it is not up
     contact_s: float = 0.0  # on time.monotonic(): when it last answered
-    went_back: str = ""  # what was seen when its generation fell or it was emptied, until that is settled
-    kept: tuple[str, ...] = ()  # tasks that are live here although the index no longer has them
 
     @property
     def staleness_s(self) -> float:
         return time.monotonic() - self.contact_s
 
 
-@dataclass(slots=True)
-class _Failure:
-    reason: str
-    digest: str
-    retry_s: float  # on time.monotonic()
-    delay_s: float = _RETRY_FIRST_S
-
-
-@dataclass(slots=True)
-class _Residents:
-    """What is loaded: live versions, and the latest others, so that going back to them is immediate."""
-
-    most_others: int
-    forget: Callable[[TaskVersion], None]  # hears of each that is not resident any more
-    live: dict[str, Resident] = field(default_factory=dict)  # by digest
-    others: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def get(self, digest: str) -> Resident | None:
-        with self.lock:
-            if digest in self.others:
-                self.others.move_to_end(digest)
-            return self.live.get(digest) or self.others.get(digest)
-
-    def keep(self, resident: Resident) -> None:
-        with self.lock:
-            self._keep(resident)
-
-    def set_live(self, live: Mapping[str, Resident]) -> None:
-        with self.lock:
-            left = [resident for digest, resident in self.live.items() if digest not in live]
-            self.live = dict(live)
-            for digest in live:
-                self.others.pop(digest, None)
-            for resident in left:
-                self._keep(resident)
-
-    def _keep(self, resident: Resident) -> None:
-        self.others[resident.version.digest] = resident
-        self.others.move_to_end(resident.version.digest)
-        while len(self.others) > self.most_others:
-            _, gone = self.others.popitem(last=False)
-            self.forget(gone.version)
-
-
 class Follower:
-    """`start` after `begin`; `sync` may also be called from elsewhere, to follow a change at once."""
+    """`resume`, then `start`; `sync` may also be called from elsewhere, to follow a change at once."""
 
     def __init__(
         self,
@@ -136,21 +80,18 @@ class Follower:
         representation, handle = loader.representation()
         self._own = Resident(representation, handle)
         self._own_name = {loader.engine.spec.name: representation}
-        self._live: dict[str, _Live] = {}  # by task, representations too
-        snapshot = Snapshot(0, {}, self._own_name, residents=(handle,))
-        self.catalog = Catalog(snapshot, loader.engine.spec.num_layers)
+        self.catalog = Catalog(Snapshot(0, {}, self._own_name, residents=(handle,)), loader.engine.spec.num_layers)
         self.left_out_at_start: dict[str, str] = {}  # artifacts of the folder that an empty index began with
         self.health = IndexHealth(contact_s=time.monotonic())
+        self.loss: Loss | None = None
+        self._live: dict[str, _Live] = {}  # by task, representations too
+        self._residents = Residents(most_others, lambda version: metrics.forget(version.task, version.version))
+        self._failures: dict[tuple[str, int], Failure] = {}
         self._followed = EMPTY_VIEW  # as the index said last
         self._mark = ("", 0, 0.0)  # what its pulse was then
         self._is_whole = True  # no: it is a last good state, which holds live versions only
-        self._kept: Mapping[str, TaskRecord] = {}  # live here, and gone from the index
-        self.lost: IndexView | None = None  # what the index said before it lost some of it
-        self._residents = _Residents(most_others, lambda version: metrics.forget(version.task, version.version))
-        self._failures: dict[tuple[str, int], _Failure] = {}
+        self._saved_s, self._is_dirty, self._told_of_revival = 0.0, False, False
         self._lock = threading.RLock()  # one sync at a time
-        self._saved_s, self._is_dirty = 0.0, False
-        self._told_of_revival = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
@@ -184,6 +125,7 @@ class Follower:
     def sync(self) -> bool:
         """Asks the index and follows it. False where it does not answer."""
         with self._lock:
+            before, was_up = self._followed, self.health.up
             try:
                 pulse = self._index.pulse()
                 view = self._read(pulse)
@@ -191,59 +133,50 @@ class Follower:
                 self._lost(error)
                 return False
             self._answered()
-            if view is not self._followed or self._retry_is_due():
+            if view is not before:
                 self._follow(view)
-                if pulse.changed_at_s:
+                if was_up and before.index_id == view.index_id and view.generation > before.generation:
                     self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s))
-            self._followed = view
+            else:
+                self._retry()
+            self._followed, self._is_whole = view, True
+            self._mark = (pulse.index_id, pulse.generation, pulse.changed_at_s)
             return True
 
     @property
     def failures(self) -> dict[str, str]:
-        return {f"{task}@{number}": failure.reason for (task, number), failure in self._failures.items()}
+        return {f"{task}@{number}": failure.reason for (task, number), failure in list(self._failures.items())}
 
     # -- reading the index ---------------------------------------------------------------------------------------------
 
     def _read(self, pulse: Pulse) -> IndexView:
-        before, is_whole = self._followed, self._is_whole
-        mark = (pulse.index_id, pulse.generation, pulse.changed_at_s)
-        if is_whole and mark == self._mark:
+        """The view now; the very one before where nothing changed."""
+        before, seen = self._followed, (pulse.index_id, pulse.generation)
+        if self._is_whole and (*seen, pulse.changed_at_s) == self._mark:
             return before
-        is_same = is_whole and (pulse.index_id, pulse.generation) == self._mark[:2]  # an older one that moved on as far
-        view = self._index.update(before) if is_whole and before.index_id and not is_same else self._index.view()
-        self._mark = mark
-        self._is_whole = True
-        if before.index_id and (is_same or view.index_id != before.index_id or view.generation < before.generation):
+        moved_on = self._is_whole and seen == self._mark[:2]  # an older backup that came as far as we were
+        can_update = self._is_whole and before.index_id and not moved_on
+        view = self._index.update(before) if can_update else self._index.view()
+        went_back = view.index_id != before.index_id or view.generation < before.generation
+        if before.index_id and (moved_on or went_back):
             self._went_back(before, view)
-        self._kept = {name: record for name, record in self._kept.items() if name not in view.tasks}
-        if self.lost is not None and not _missing(self.lost, view):
-            logger.info("the index has everything again that it had lost")
-            self.lost = None
-        went_back = self.health.went_back if self.lost is not None else ""
-        self.health = replace(self.health, went_back=went_back, kept=tuple(sorted(self._kept)))
+        if self.loss is not None and self.loss.is_settled(view):
+            logger.info("what the index had lost was settled in generation %d", view.settled)
+            self.loss = None
         return view
 
     def _went_back(self, before: IndexView, view: IndexView) -> None:
-        """An emptied or older index takes no live task with it: what is live stays, until an operator decides."""
-        told = f"the index went back from generation {before.generation} to {view.generation}"
-        if not view.index_id:
-            told = f"the index was emptied, at generation {before.generation}"
-        elif view.index_id != before.index_id:
-            told = f"the index is another one, at generation {view.generation}"
-        missing = _missing(before, view)
-        idle = [name for name in self._live if name in view.tasks and view.tasks[name].traffic is None]
-        if idle:
-            told += f", where nothing is live of {_names(idle)}"
-        self._kept = {name: live.task.record for name, live in self._live.items() if name not in view.tasks}
-        self.lost = self.lost or (before if missing else None)
-        self.health = replace(self.health, went_back=told)
-        logger.error("%s; not in it any more: %s; served on: %s", told, _names(missing), _names(self._kept))
+        live = {name: live.task.record for name, live in self._live.items()}
+        loss = find_loss(self.loss.before if self.loss is not None else before, view, live)
+        if loss is not None:
+            logger.error("%s; live tasks and keys are kept until `manifold index restore` or `accept`", loss.told)
+            self.loss = loss
 
     def _answered(self) -> None:
         if not self.health.up:
             logger.info("the index answers")
             self._told_of_revival = False
-        self.health = replace(self.health, up=True, reason="", contact_s=time.monotonic())
+        self.health = IndexHealth(up=True, contact_s=time.monotonic())
         self._metrics.index_answered()
 
     def _lost(self, error: UnavailableError) -> None:
@@ -251,31 +184,32 @@ class Follower:
             logger.error("the index is out of reach, what is live stays live: %s", error)
         self.health = replace(self.health, up=False, reason=str(error))
         self._metrics.index_lost(self.health.staleness_s)
-        if self._revive is not None:
-            try:
-                self._revive()
-            except ManifoldError as failure:
-                if not self._told_of_revival:
-                    logger.error("starting the index again failed: %s", failure)
-                self._told_of_revival = True
+        if self._revive is None:
+            return
+        try:
+            self._revive()
+        except ManifoldError as failure:
+            if not self._told_of_revival:
+                logger.error("starting the index again failed: %s", failure)
+            self._told_of_revival = True
 
     # -- following -----------------------------------------------------------------------------------------------------
 
     def _follow(self, view: IndexView) -> None:
-        before = self.catalog.snapshot.view
-        self._show(self._with_what_was_lost(view))
-        self._warm(before, view)
+        known = self.catalog.snapshot.view
+        shown = self.loss.over(view) if self.loss is not None else view
+        self._show_keys(shown.keys)  # a revoked key must not work for as long as artifacts are loaded
+        self._show(shown)
+        self._warm(known, view)
 
-    def _with_what_was_lost(self, view: IndexView) -> IndexView:
-        """Live tasks, and keys: without them the door would be open to everybody."""
-        if self.lost is None:
-            return view
-        keys = MappingProxyType({**self.lost.keys, **view.keys})
-        return replace(view, tasks=MappingProxyType({**view.tasks, **self._kept}), keys=keys)
+    def _show_keys(self, keys: Mapping[str, KeyRecord]) -> None:
+        snapshot = self.catalog.snapshot
+        self.catalog.snapshot = replace(snapshot, view=replace(snapshot.view, keys=keys))
 
     def _show(self, view: IndexView) -> None:
         """Everything is loaded before anything of it is seen; then one assignment."""
         built = {name: self._build(record) for name, record in view.tasks.items() if record.traffic is not None}
+        self._prune(view)
         self._live = {name: live for name, live in sorted(built.items()) if live is not None}
         residents = {r.version.digest: r for live in self._live.values() for r in live.residents}
         tasks = {name: live.task for name, live in self._live.items()}
@@ -295,24 +229,31 @@ class Follower:
     def _build(self, record: TaskRecord) -> _Live | None:
         """With the versions that can be served. Where the champion cannot, the task goes on as it was."""
         before = self._live.get(record.name)
-        failed = [number for name, number in self._failures if name == record.name]
-        if before is not None and before.task.record is record and not failed:
+        is_failing = any(name == record.name for name, _ in self._failures)
+        if before is not None and before.task.record is record and not is_failing:
             return before
         traffic = record.traffic
         assert traffic is not None
         residents = {n: r for n in traffic.live if (r := self._try(record.versions[n])) is not None}
-        for number in set(failed) - set(traffic.live):
-            self._recovered(record.name, number)
-        if traffic.champion not in residents:
-            return before
-        versions = {number: resident.version for number, resident in residents.items()}
-        served = _without(traffic, set(traffic.live) - set(versions))
-        return _Live(Task(record.name, record, served, versions), tuple(residents.values()))
+        if traffic.champion in residents:
+            return _live(record, _without(traffic, set(traffic.live) - set(residents)), residents)
+        return before if before is not None else self._earlier(record)
+
+    def _earlier(self, record: TaskRecord) -> _Live | None:
+        """At a start: the newest champion before this one that can be served."""
+        for number in reversed(record.previous):
+            version = record.versions.get(number)
+            if version is not None and version.state is State.APPROVED:
+                resident = self._try(version)
+                if resident is not None:
+                    logger.error("%s is served by version %d, its champion before", record.name, number)
+                    return _live(record, Traffic(number), {number: resident})
+        return None
 
     def _try(self, record: VersionRecord) -> Resident | None:
         key = (record.task, record.version)
         failure = self._failures.get(key)
-        if failure is not None and failure.digest == record.digest and time.monotonic() < failure.retry_s:
+        if failure is not None and failure.digest == record.digest and not failure.is_due:
             return None
         try:
             resident = self._resident(record)
@@ -347,17 +288,17 @@ class Follower:
                 was = known.versions.get(number)
                 if version.state is State.APPROVED and was is not None and was.state is State.CANDIDATE:
                     resident = self._try(version)
-                    if resident is not None and version.digest not in self._residents.live:
+                    if resident is not None:
                         self._residents.keep(resident)
+        self.catalog.left_out = self.left_out_at_start | self.failures
 
     # -- failures ------------------------------------------------------------------------------------------------------
 
     def _failed(self, record: VersionRecord, error: Exception) -> None:
         key = (record.task, record.version)
         before = self._failures.get(key)
-        delay_s = _RETRY_FIRST_S if before is None else min(2 * before.delay_s, _RETRY_MOST_S)
         reason = str(error) if isinstance(error, ManifoldError) else f"loading it failed: {error}"
-        self._failures[key] = _Failure(reason, record.digest, time.monotonic() + delay_s, delay_s)
+        self._failures[key] = Failure.after(before, reason, record.digest)
         with contextlib.suppress(UnavailableError):
             self._index.report_failure(self._server, *key, reason)  # also when it was: reports grow old
         if before is None or before.reason != reason:
@@ -369,8 +310,24 @@ class Follower:
         with contextlib.suppress(UnavailableError):
             self._index.clear_failure(self._server, task, number)
 
-    def _retry_is_due(self) -> bool:
-        return any(time.monotonic() >= failure.retry_s for failure in self._failures.values())
+    def _retry(self) -> None:
+        """Tries once more what could not be served, and shows it where it can be now."""
+        view = self.catalog.snapshot.view
+        due = [key for key, failure in self._failures.items() if failure.is_due]
+        loaded = [resident for key in due if (resident := self._try(view.tasks[key[0]].versions[key[1]])) is not None]
+        for resident in loaded:
+            self._residents.keep(resident)
+        if loaded:
+            self._show(view)
+
+    def _prune(self, view: IndexView) -> None:
+        """Forgets failures of versions that nobody wants any more."""
+        for task, number in list(self._failures):
+            record = view.tasks.get(task)
+            version = record.versions.get(number) if record is not None else None
+            live = record.traffic.live if record is not None and record.traffic is not None else ()
+            if version is None or (version.state is not State.APPROVED and number not in live):
+                self._recovered(task, number)
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
@@ -391,7 +348,7 @@ class Follower:
                 hints.close()
 
     def _wait(self, hints: Hints | None, timeout_s: float) -> bool:
-        """True where a hint came. In slices, so that closing does not take a poll's time."""
+        """True where a hint came."""
         slice_s = max(0.0, min(timeout_s, _SLICE_S))
         if hints is not None and self.health.up:
             return hints.wait(slice_s)
@@ -406,16 +363,21 @@ class Follower:
 
     def _save(self) -> None:
         """What is served now, for a start without the index; and room in the cache."""
-        view = self.catalog.snapshot.view
-        if not self._is_dirty:
-            return
-        self._saved_s, self._is_dirty = time.monotonic(), False
-        served = {name: _only_live(live.task) for name, live in self._live.items()}
-        try:
-            self._last_good.save(replace(view, tasks=MappingProxyType(served)))
-            self._store.trim(set(self._residents.live))
-        except (ManifoldError, OSError) as error:
-            logger.error("the last good state could not be saved, a restart would need the index: %s", error)
+        with self._lock:
+            if not self._is_dirty:
+                return
+            self._saved_s = time.monotonic()
+            view = self.catalog.snapshot.view
+            if self.loss is not None:  # a restart must notice it again
+                view = replace(view, index_id=self.loss.before.index_id, generation=self.loss.before.generation)
+            served = {name: _only_live(live.task) for name, live in self._live.items()}
+            try:
+                self._last_good.save(replace(view, tasks=MappingProxyType(served)))
+                self._store.trim(set(self._residents.live))
+            except (ManifoldError, OSError) as error:
+                logger.error("the last good state could not be saved, a restart would need the index: %s", error)
+                return
+            self._is_dirty = False
 
 
 def _step_back() -> None:
@@ -424,20 +386,9 @@ def _step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
-def _missing(before: IndexView, view: IndexView) -> list[str]:
-    """The versions and keys that `view` lacks."""
-    versions = [
-        f"{name}@{number}"
-        for name, record in before.tasks.items()
-        for number in record.versions
-        if name not in view.tasks or number not in view.tasks[name].versions
-    ]
-    return [*versions, *(f"the key of {key.name}" for id_, key in before.keys.items() if id_ not in view.keys)]
-
-
-def _names(names: Collection[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(sorted(names)[:_LISTED]) + more if names else "nothing"
+def _live(record: TaskRecord, traffic: Traffic, residents: Mapping[int, Resident]) -> _Live:
+    versions = {number: resident.version for number, resident in residents.items()}
+    return _Live(Task(record.name, record, traffic, versions), tuple(residents.values()))
 
 
 def _without(traffic: Traffic, missing: Set[int]) -> Traffic:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from app.errors import ArtifactError, ConflictError
+from app.errors import ArtifactError, ConflictError, UnavailableError
 from app.registry.comparison import Comparisons, Said
 from app.registry.index import Index
 from app.registry.store import ArtifactStore
@@ -34,6 +34,7 @@ from app.service.comparison import Comparison, compare
 from app.service.first_start import new_version
 from app.service.hot_swap import Follower
 from app.service.loading import Loader
+from app.service.losses import Loss
 from app.service.ports import IndexState, Published
 from app.service.resolve import find_record
 from app.telemetry import Metrics
@@ -126,37 +127,42 @@ class Rollout:
         return self._followed(self._index.create_key(principal.name, name, roles))
 
     def revoke_key(self, principal: Principal, key_id: str) -> None:
-        self._index.revoke_key(principal.name, key_id)
+        loss = self._follower.loss
+        self._index.revoke_key(principal.name, key_id, loss.keys if loss is not None else {})
         self._follower.sync()
 
     def keys(self) -> Sequence[KeyRecord]:
-        return sorted(self._index.view().keys.values(), key=lambda record: record.created_at)
+        loss = self._follower.loss
+        keys = {**(loss.keys if loss is not None else {}), **self._index.view().keys}
+        return sorted((key for key in keys.values() if key.hash), key=lambda key: key.created_at)
 
     # -- the index itself ----------------------------------------------------------------------------------------------
 
     def index_state(self) -> IndexState:
-        health, view = self._follower.health, self._view
-        failures = self._index.failures() if health.up else {n: {"here": r} for n, r in self._follower.failures.items()}
-        told = f"{health.went_back}; live here and not in it: {', '.join(health.kept)}" if health.went_back else None
+        health, view, loss = self._follower.health, self._view, self._follower.loss
+        try:
+            failures = self._index.failures()
+        except UnavailableError:
+            failures = {name: {"here": reason} for name, reason in self._follower.failures.items()}
+        told = loss.told if loss is not None else None
         return IndexState(self._url, health.up, view.index_id, view.generation, health.staleness_s, told, failures)
 
     def restore(self, principal: Principal, reason: str) -> int:
         """Everything that is gone from the index comes back, live where it was."""
-        return self._settle(principal, self._lost(), reason)
+        loss = self._loss()
+        return self._followed(self._index.restore(principal.name, loss.before, reason, loss.seen))
 
     def accept(self, principal: Principal, reason: str) -> int:
         """What is gone comes back as history: nothing of a task that is gone is live any more."""
-        lost = self._lost()
-        tasks = {name: replace(record, traffic=None) for name, record in lost.tasks.items()}
-        return self._settle(principal, replace(lost, tasks=MappingProxyType(tasks)), reason)
+        loss = self._loss()
+        tasks = {name: replace(record, traffic=None) for name, record in loss.before.tasks.items()}
+        accepted = replace(loss.before, tasks=MappingProxyType(tasks))
+        return self._followed(self._index.restore(principal.name, accepted, reason, loss.seen))
 
-    def _lost(self) -> IndexView:
-        if self._follower.lost is None:
+    def _loss(self) -> Loss:
+        if self._follower.loss is None:
             raise ConflictError("the index lost nothing that this server knew: there is nothing to settle")
-        return self._follower.lost
-
-    def _settle(self, principal: Principal, view: IndexView, reason: str) -> int:
-        return self._followed(self._index.restore(principal.name, view, reason))
+        return self._follower.loss
 
     # -- what was compared ---------------------------------------------------------------------------------------------
 

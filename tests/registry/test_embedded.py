@@ -193,6 +193,7 @@ def test_a_long_path_has_its_socket_elsewhere() -> None:
         assert not socket.is_relative_to(home)
         first.close()
         second.close()
+        socket.parent.rmdir()
 
 
 def test_a_home_that_cannot_be_written_is_a_sentence(home: Path) -> None:

@@ -455,7 +455,8 @@ def test_a_key_is_made_shown_once_and_revoked(filled: Index, client: Redis) -> N
     with pytest.raises(ConflictError, match="a key with the name robot already"):
         filled.create_key("ann", "robot", frozenset())
     filled.revoke_key("bob", record.id)
-    assert (filled.view().keys, filled.view().generation) == ({}, 3)
+    left = filled.view().keys[record.id]
+    assert (left.hash, left.roles, filled.view().generation) == ("", frozenset(), 3)
     told = [(e.actor, e.action, e.before, e.after) for e in filled.audit(None, 1, 10)]
     shown = {"id": record.id, "name": "robot", "roles": ["audit", "predict"]}
     assert told == [("ann", "create_key", None, shown), ("bob", "revoke_key", shown, None)]

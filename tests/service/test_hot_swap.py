@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from app.errors import NotFoundError, SettingsError, UnavailableError
 from app.registry.index import Index
 from app.registry.last_good import LastGood
 from app.registry.store import ArtifactStore
-from app.rollout import Challenger, State, TrafficWish
+from app.rollout import Challenger, Role, State, TrafficWish
 from app.service.first_start import begin, find_beginning
 from app.service.hot_swap import Follower
 from app.service.loading import Loader, card_of
@@ -228,6 +229,9 @@ def test_a_version_that_cannot_be_served_is_reported_and_the_old_one_goes_on(
     spam.index.rollback("otto", "spam", "", None)
     spam.follower.sync()
     assert spam.live() == {"spam": 1}
+    assert "spam@2" in spam.index.failures(), "whoever looks at version 2 again should know"
+    spam.index.decide("anna", "spam", 2, State.RETIRED, "", True)
+    spam.follower.sync()
     assert not spam.follower.failures
     assert not spam.index.failures()
 
@@ -284,13 +288,12 @@ def test_an_emptied_index_takes_no_live_task_with_it(spam: World, client: object
     client.flushall()  # type: ignore[attr-defined]
     spam.follower.sync()
     assert spam.live() == {"spam": 1}
-    assert "emptied" in spam.follower.health.went_back
-    assert spam.follower.health.kept == ("spam",)
-    assert spam.follower.lost is not None
-    spam.index.restore("otto", spam.follower.lost, "it was emptied")
+    loss = spam.follower.loss
+    assert loss is not None and "emptied" in loss.told and "spam@1" in loss.told
+    spam.index.restore("otto", loss.before, "it was emptied", loss.seen)
     spam.follower.sync()
     assert spam.live() == {"spam": 1}
-    assert spam.follower.health.went_back == ""
+    assert spam.follower.loss is None
     assert spam.index.view().tasks["spam"].traffic is not None
 
 
@@ -306,10 +309,96 @@ def test_an_older_index_says_so_and_new_changes_are_followed(
         client.restore(key, 0, dump)  # type: ignore[attr-defined]
     spam.follower.sync()
     assert spam.live() == {"spam": 1, "topic": 1}
-    assert "went back from generation" in spam.follower.health.went_back
+    assert spam.follower.loss is not None and "went back from generation" in spam.follower.loss.told
     spam.promote("spam", spam.publish("spam", seed=2))
     spam.follower.sync()
     assert spam.live() == {"spam": 2, "topic": 1}
+
+
+def test_a_restart_on_an_emptied_index_keeps_tasks_and_keys(spam: World, client: object) -> None:
+    key, _ = spam.index.create_key("anna", "root", frozenset({Role.ADMIN}))
+    spam.follower.sync()
+    client.flushall()  # type: ignore[attr-defined]
+    spam.follower.sync()
+    for _ in range(2):
+        spam.follower.close()
+        spam.follower = spam.restarted()
+        spam.begin()
+        assert spam.live() == {"spam": 1}
+        assert list(spam.follower.catalog.snapshot.view.keys) == [key.id]
+        assert spam.follower.loss is not None and "emptied" in spam.follower.loss.told
+    spam.publish("spam", seed=5, approve=False)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 1}, "a candidate in the new index takes nothing away"
+
+
+def test_a_restart_on_an_older_index_says_so(spam: World, client: object) -> None:
+    spam.follower.sync()
+    dumps = {name: client.dump(name) for name in client.keys("*")}  # type: ignore[attr-defined]
+    spam.promote("spam", spam.publish("spam", seed=2))
+    spam.follower.sync()
+    spam.follower.close()
+    client.flushall()  # type: ignore[attr-defined]
+    for name, dump in dumps.items():
+        client.restore(name, 0, dump)  # type: ignore[attr-defined]
+    spam.follower = spam.restarted()
+    spam.begin()
+    loss = spam.follower.loss
+    assert loss is not None and "spam@2" in loss.told and "the traffic of spam" in loss.told
+    spam.index.restore("otto", loss.before, "an old backup", loss.seen)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 2}
+    assert spam.follower.loss is None
+
+
+def test_what_is_lost_can_be_let_go(spam: World, client: object) -> None:
+    client.flushall()  # type: ignore[attr-defined]
+    spam.follower.sync()
+    loss = spam.follower.loss
+    assert loss is not None
+    tasks = {name: replace(record, traffic=None) for name, record in loss.before.tasks.items()}
+    spam.index.restore("otto", replace(loss.before, tasks=tasks), "good riddance", loss.seen)
+    spam.follower.sync()
+    assert spam.live() == {} and spam.follower.loss is None
+    assert sorted(spam.index.view().tasks["spam"].versions) == [1]
+
+
+def test_a_revoked_key_stays_revoked_whatever_the_index_lost(spam: World, client: object) -> None:
+    key, _ = spam.index.create_key("anna", "root", frozenset({Role.ADMIN}))
+    spam.follower.sync()
+    client.flushall()  # type: ignore[attr-defined]
+    spam.follower.sync()
+    loss = spam.follower.loss
+    assert loss is not None
+    spam.index.revoke_key("anna", key.id, loss.keys)
+    spam.follower.sync()
+    assert spam.follower.catalog.snapshot.view.keys[key.id].hash == ""
+    spam.index.restore("anna", loss.before, "", loss.seen)
+    spam.follower.sync()
+    assert spam.index.view().keys[key.id].hash == ""
+
+
+def test_an_approved_version_that_fails_stays_reported_and_makes_no_snapshots(spam: World) -> None:
+    folder = spam.artifact("spam", seed=2)
+    wrong_golden(folder)
+    number = spam.publish_folder(folder, "spam", approve=False)
+    spam.follower.sync()
+    spam.index.decide("anna", "spam", number, State.APPROVED, "", True)
+    spam.follower.sync()
+    assert "spam@2" in spam.index.failures()
+    snapshot = spam.follower.catalog.snapshot
+    spam.follower._failures = {k: replace(f, retry_s=0.0) for k, f in spam.follower._failures.items()}
+    spam.follower.sync()
+    assert spam.follower.catalog.snapshot is snapshot
+    assert "spam@2" in spam.index.failures()
+
+
+def test_what_began_in_the_folder_is_in_the_cache(spam: World) -> None:
+    (spam.tmp / "artifacts").rename(spam.tmp / "elsewhere")
+    spam.follower.close()
+    spam.follower = spam.restarted()
+    spam.begin()
+    assert spam.live() == {"spam": 1}
 
 
 def test_the_thread_follows_by_hints(spam: World) -> None:
