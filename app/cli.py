@@ -72,7 +72,8 @@ class _WideHelp(argparse.HelpFormatter):
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = "Runs the server. Each option can also be an environment variable, or a line in .env."
     for name, field in Settings.model_fields.items():
-        _add_setting(parser, name, field)
+        if name != "key":  # the clients' own
+            _add_setting(parser, name, field)
     parser.set_defaults(run=_serve)
 
 
@@ -97,8 +98,8 @@ def _default(value: object) -> str:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    given = {name: getattr(options, name) for name in Settings.model_fields}
-    settings = settings_of({name: value for name, value in given.items() if value is not None})
+    given = {name: value for name in Settings.model_fields if (value := getattr(options, name, None)) is not None}
+    settings = settings_of(given)
     from app.main import serve
 
     return serve(settings)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 
-from app.api.middleware import asked
 from app.domain import Snapshot
 from app.errors import MalformedError
 from app.rollout import Principal, Role
@@ -52,7 +51,7 @@ def requires(role: Role) -> Any:
     async def require(request: Request) -> Principal:
         principal: Principal = request.state.principal
         runtime: Runtime = request.state.runtime
-        runtime.access.require(principal, role, asked(request.scope))
+        runtime.access.require(principal, role)
         return principal
 
     return Depends(require)

@@ -16,8 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
+from app.config import is_loopback
 from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
-from app.rollout import Principal, Role
+from app.rollout import Role
 from app.service.access import EVERYBODY, Access
 from app.telemetry import Metrics
 
@@ -67,29 +68,37 @@ class Gatekeeper:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _FREE:
-            scope["state"]["principal"] = _admitted(scope)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] in _FREE:
+            return await self.app(scope, receive, send)
+        access: Access = scope["state"]["runtime"].access
+        principal = scope["state"]["principal"] = access.authenticate(
+            Headers(scope=scope).get("authorization"), _client(scope)
+        )
+        try:
+            if principal is EVERYBODY and scope["method"] != "GET":
+                _check_browser(scope)
+            if _takes_artifact(scope):  # large bodies are read only of those whose artifacts are taken
+                access.require(principal, Role.PUBLISH)
+            await self.app(scope, receive, send)
+        except ForbiddenError as error:
+            access.refused(principal, asked(scope), str(error))
+            raise
 
 
-def _admitted(scope: Scope) -> Principal:
-    access: Access = scope["state"]["runtime"].access
+def _client(scope: Scope) -> str:
     address = scope.get("client")
-    client = address[0] if address else "this machine"  # a unix socket has no address
-    principal = access.authenticate(Headers(scope=scope).get("authorization"), client)
-    if principal is EVERYBODY and scope["method"] != "GET":
-        _check_origin(scope)
-    if _takes_artifact(scope):  # large bodies are read only of those whose artifacts are taken
-        access.require(principal, Role.PUBLISH, asked(scope))
-    return principal
+    return str(address[0]) if address else "this machine"  # a unix socket has no address
 
 
-def _check_origin(scope: Scope) -> None:
+def _check_browser(scope: Scope) -> None:
     """Where no key is asked for, any page that a browser on this machine shows could change what is live."""
-    headers = Headers(scope=scope)
-    origin = headers.get("origin")
-    allowed = scope["state"]["runtime"].settings.cors_allow_origins
-    if origin and urlsplit(origin).netloc != headers.get("host") and not {origin, "*"} & set(allowed):
+    headers, settings = Headers(scope=scope), scope["state"]["runtime"].settings
+    origin, host = headers.get("origin"), headers.get("host", "")
+    if is_loopback(settings.host) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        raise ForbiddenError(
+            f"{host[:200]} is not a name of this machine: without keys, ask http://{settings.host} itself"
+        )
+    if origin and urlsplit(origin).netloc != host and not {origin, "*"} & set(settings.cors_allow_origins):
         raise ForbiddenError("pages of other origins may not ask this server: name theirs in cors_allow_origins")
 
 

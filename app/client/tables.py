@@ -21,6 +21,9 @@ def print_json(answer: Any) -> int:
     return 0
 
 
+_PIPED_WIDTH = 200  # nobody's terminal: names are not cut where they need not be
+
+
 def table(*headings: str) -> Table:
     return Table(*headings, box=None, pad_edge=False, header_style="bold")
 
@@ -30,7 +33,7 @@ def add_row(to: Table, *cells: str) -> None:
 
 
 def show(shown: Table) -> None:
-    Console(soft_wrap=False).print(shown)
+    Console(soft_wrap=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH).print(shown)
 
 
 def say(sentence: str, style: str = "") -> None:

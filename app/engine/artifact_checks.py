@@ -17,6 +17,7 @@ from app.domain import BackboneSpec, HeadKind, InputKind, ProblemType, Readout, 
 from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names
 
 FORMAT_VERSION = 1
+MOST_GOLDEN = 100
 PROMPT = "prompt_embeddings"
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -171,6 +172,8 @@ def _golden_faults(golden: Any) -> list[str]:
     is_list = isinstance(golden, list)
     if not is_list or not all(isinstance(g, dict) and isinstance(g.get("text"), str) for g in golden):
         return ["golden must be a list of objects with a text"]
+    if len(golden) > MOST_GOLDEN:
+        return [f"there are {len(golden)} golden examples, and each server computes them: {MOST_GOLDEN} at most"]
     good = all(isinstance(g.get("scores"), list) and all(map(_is_number, g["scores"])) for g in golden)
     return [] if good else ["golden examples must have scores, a list of numbers"]
 

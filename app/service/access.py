@@ -23,10 +23,15 @@ logger = logging.getLogger(__name__)
 EVERYBODY = Principal("anonymous", frozenset(Role))  # who asks where there are no keys
 ADMIN = Principal("admin", frozenset({Role.ADMIN}))  # who holds the setting admin_key
 
+_UNKNOWN = "unknown at "
+_ALL = ""
+_OURS = {EVERYBODY.name, ADMIN.name, "manifold", "gate"}  # that stand in the audit log for us
+
 _WINDOW_S = 60.0
 _PER_WINDOW = 10
 _CLIENTS = 10_000  # that are remembered; beyond them the longest known is forgotten
 _WAITING_NOTES = 100
+_NOTES_PER_WINDOW = 60  # of all clients together: the index is not theirs to fill
 _LONGEST_TOKEN = 1000
 
 # actor, action, task, reason, details: never blocks, never raises
@@ -70,21 +75,25 @@ class Access:
         self._failures.count(client)
         sentence = _complaint(token, is_revoked=not keys and self._admin_hash is None)
         details = {"client": client, "key": None if record is None else record.id}  # never what was sent
-        self._note(f"unknown at {client}", "authenticate", None, sentence, details)
+        self._note(f"{_UNKNOWN}{client}", "authenticate", None, sentence, details)
         raise UnauthorizedError(sentence)
 
-    def require(self, principal: Principal, role: Role, what: str) -> None:
-        """`what` was asked, for the audit log. Raises ForbiddenError where the role is missing."""
-        if principal.has(role):
-            return
-        if self._refusals.retry_after_s(principal.name) == 0:  # the log is not theirs to fill
+    def require(self, principal: Principal, role: Role) -> None:
+        """Raises ForbiddenError where the role is missing."""
+        if not principal.has(role):
+            raise ForbiddenError(
+                f"this needs a key with the role {role}, and {principal.name} has {_listed(principal)}"
+            )
+
+    def refused(self, principal: Principal, what: str, sentence: str) -> None:
+        """`what` was asked and forbidden: for the audit log, which is not theirs to fill."""
+        if self._refusals.retry_after_s(principal.name) == 0:
             self._refusals.count(principal.name)
-            self._note(principal.name, "forbidden", None, f"{what} needs the role {role}", {"role": role})
-        raise ForbiddenError(f"this needs a key with the role {role}, and {principal.name} has {_listed(principal)}")
+            self._note(principal.name, "forbidden", None, f"{what}: {sentence}", {})
 
     def check_new_key(self, name: str, roles: frozenset[Role]) -> None:
         """Raises ConflictError for a first key that would lock everybody out, and for names that are ours."""
-        if name in (EVERYBODY.name, ADMIN.name):
+        if name in _OURS or name.startswith(_UNKNOWN):
             raise ConflictError(f'the name "{name}" is taken by the server itself: choose another')
         if self._admin_hash is None and not self._keys() and Role.ADMIN not in roles:
             raise ConflictError("the first key must have the role admin: without one nobody could make another")
@@ -111,12 +120,20 @@ class BackgroundNotes:
             _WAITING_NOTES
         )
         self.dropped = 0
+        self._budget = _Failures(time.monotonic, _NOTES_PER_WINDOW)
         self._thread = threading.Thread(target=self._run, name="notes", daemon=True)
         self._thread.start()
 
     def note(self, actor: str, action: str, task: str | None, reason: str, details: Mapping[str, Any]) -> None:
+        if self._budget.retry_after_s(_ALL) > 0:
+            self.dropped += 1
+            return
+        self._budget.count(_ALL)
+        if self.dropped:
+            details = {**details, "not_written_before": self.dropped}
         try:
             self._waiting.put_nowait((actor, action, task, reason, details))
+            self.dropped = 0
         except queue.Full:
             self.dropped += 1
 
@@ -139,14 +156,15 @@ class BackgroundNotes:
 class _Failures:
     """How often each name failed in its present window."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], per_window: int = _PER_WINDOW) -> None:
         self._clock = clock
+        self._per_window = per_window
         self._by_name: OrderedDict[str, tuple[float, int]] = OrderedDict()  # when the window ends, failures in it
 
     def retry_after_s(self, name: str) -> float:
         """0 where another attempt is allowed now."""
         ends_s, failures = self._by_name.get(name, (0.0, 0))
-        return max(ends_s - self._clock(), 0.0) if failures >= _PER_WINDOW else 0.0
+        return max(ends_s - self._clock(), 0.0) if failures >= self._per_window else 0.0
 
     def count(self, name: str) -> None:
         now_s = self._clock()

@@ -19,6 +19,7 @@ from app.registry.store import ArtifactStore
 from app.rollout import IndexView, NewVersion
 from app.service.hot_swap import Follower
 from app.service.loading import Loaded, Loader, artifact_files
+from app.service.losses import lacks
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def find_beginning(index: Index, last_good: LastGood) -> Beginning | None:
 
 
 def _went_back(saved: IndexView, view: IndexView) -> bool:
-    return saved.index_id != view.index_id or saved.generation > view.generation
+    return saved.index_id != view.index_id or saved.generation > view.generation or lacks(saved, view)
 
 
 def live_folders(beginning: Beginning | None, store: ArtifactStore, shipped: Path) -> Iterator[Path]:

@@ -24,7 +24,7 @@ from app.registry.store import ArtifactStore
 from app.rollout import EMPTY_VIEW, IndexView, KeyRecord, State, TaskRecord, Traffic, VersionRecord
 from app.service.catalog import Catalog
 from app.service.loading import Loader
-from app.service.losses import Loss, find_loss
+from app.service.losses import Loss, find_loss, lacks
 from app.service.residents import Failure, Resident, Residents
 from app.telemetry import Metrics
 
@@ -158,6 +158,7 @@ class Follower:
         can_update = self._is_whole and before.index_id and not moved_on
         view = self._index.update(before) if can_update else self._index.view()
         went_back = view.index_id != before.index_id or view.generation < before.generation
+        went_back |= not self._is_whole and lacks(before, view)  # and may have gone on since
         if before.index_id and (moved_on or went_back):
             self._went_back(before, view)
         if self.loss is not None and self.loss.is_settled(view):

@@ -6,6 +6,7 @@ Knows the engine by its port; nothing of HTTP, tensors or where the snapshot com
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -33,6 +34,8 @@ from app.service.experiment import Observation
 from app.service.ports import EnginePort, ObserverPort, PinsPort, TokenizerPort
 from app.service.resolve import Asker, Target, beside, choose_targets, is_paired, pins_to_load, representation
 from app.telemetry import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +172,11 @@ class InferenceService:
     ) -> dict[tuple[str, int], tuple[TaskVersion, object]]:
         """Pinned versions that are not live, made resident for this request, with the handles that keep them so."""
         wanted = pins_to_load(snapshot, tasks, may_pin_unapproved)
-        return {(r.task, r.version): await asyncio.to_thread(self._pins.load, r) for r in wanted}
+        try:
+            async with asyncio.timeout(self._limits.deadline_ms / 1000):
+                return {(r.task, r.version): await asyncio.to_thread(self._pins.load, r) for r in wanted}
+        except TimeoutError as error:
+            raise DeadlineError(f"the deadline of {self._limits.deadline_ms:g} ms passed while loading pins") from error
 
     def _count(self, targets: Sequence[Sequence[Target]], results: Sequence[Mapping[str, Answer]]) -> None:
         for chosen, answers in zip(targets, results, strict=True):
@@ -185,7 +192,20 @@ class InferenceService:
         targets: Sequence[Sequence[Target]],
         run: _Run,
     ) -> None:
-        """What the versions of tasks in an experiment said of the same texts."""
+        """What the versions of tasks in an experiment said of the same texts. Never the reason that an answer fails."""
+        try:
+            self._record(snapshot, request_id, inputs, targets, run)
+        except Exception:
+            logger.exception("comparing versions failed for one request", extra={"request_id": request_id})
+
+    def _record(
+        self,
+        snapshot: Snapshot,
+        request_id: str,
+        inputs: Sequence[TextInput],
+        targets: Sequence[Sequence[Target]],
+        run: _Run,
+    ) -> None:
         compared: dict[str, tuple[Target, dict[int, dict[int, Answer]]]] = {}
         for index, (text, chosen, plan) in enumerate(zip(inputs, targets, run.plans, strict=True)):
             for target in chosen:

@@ -49,7 +49,18 @@ def find_loss(before: IndexView, view: IndexView, live: Mapping[str, TaskRecord]
         told = f"the index was emptied, after generation {before.generation}"
     elif view.index_id != before.index_id:
         told = f"the index is another one, at generation {view.generation}"
+    elif view.generation >= before.generation:
+        told = f"the index went back to before generation {before.generation}, and on to {view.generation}"
     return Loss(f"{told}; other or missing: {names(missing)}", before, view.generation, live)
+
+
+def lacks(before: IndexView, view: IndexView) -> bool:
+    """Whether something is gone that never goes by itself: an index keeps its versions, and its keys when revoked."""
+    for name, record in before.tasks.items():
+        known = view.tasks[name].versions.values() if name in view.tasks else ()
+        if not {version.digest for version in record.versions.values()} <= {version.digest for version in known}:
+            return True
+    return any(key.hash and id_ not in view.keys for id_, key in before.keys.items())
 
 
 def names(found: Collection[str]) -> str:

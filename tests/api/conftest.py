@@ -27,7 +27,7 @@ def app(settings: Settings, runtime: Runtime) -> FastAPI:
 
 @pytest.fixture
 def client(app: FastAPI) -> Iterator[TestClient]:
-    with TestClient(app) as opened:
+    with TestClient(app, base_url="http://127.0.0.1") as opened:
         yield opened
 
 
@@ -68,5 +68,5 @@ async def _in_process(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
             await app(scope | {"state": dict(state)}, receive, send)
 
         transport = httpx2.ASGITransport(with_state)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://manifold") as opened:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as opened:
             yield opened

@@ -79,7 +79,7 @@ def test_an_operation_asks_for_its_role(
     assert f"role {role}" in refused.json()["error"]
     entry = rollout.entries[-1]
     assert (entry.actor, entry.action) == ("others", "forbidden")
-    assert entry.reason == f"{method} {path} needs the role {role}"
+    assert entry.reason.startswith(f"{method} {path}: this needs a key with the role {role}")
     for headers in (headers_of("right", role), headers_of("root", Role.ADMIN)):
         assert client.request(method, path, json=body, headers=headers).status_code not in (401, 403)
 
@@ -179,12 +179,18 @@ def _answer_to_head(url: str, path: str, line: str) -> bytes:
 
 @pytest.mark.parametrize(
     ("origin", "status"),
-    [("http://testserver", 200), ("https://evil.example", 403), ("null", 403), ("http://testserver:81", 403)],
+    [("http://127.0.0.1", 200), ("https://evil.example", 403), ("null", 403), ("http://127.0.0.1:81", 403)],
 )
 def test_without_keys_pages_of_other_origins_change_nothing(client: TestClient, origin: str, status: int) -> None:
     response = client.put("/v1/tasks/spam/traffic", json={"champion": 1}, headers={"origin": origin})
     assert response.status_code == status
     assert client.get("/v1/tasks", headers={"origin": origin}).status_code == 200
+
+
+def test_without_keys_this_machine_answers_to_its_own_names_alone(client: TestClient) -> None:
+    for host, status in (("localhost:8080", 200), ("evil.example:8080", 403)):
+        response = client.post("/v1/predict", json=PREDICT, headers={"host": host})
+        assert response.status_code == status, response.text
 
 
 @pytest.mark.parametrize("settings", [load_settings({"cors_allow_origins": "https://shop.example"})])

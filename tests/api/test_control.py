@@ -154,7 +154,7 @@ def test_every_fault_of_an_artifact_is_told(
 
 def test_artifacts_have_a_limit_of_their_own() -> None:
     settings = load_settings({"payload_limit_bytes": 2_000, "artifact_limit_bytes": 5_000})
-    with TestClient(create_app(settings, make_runtime(settings))) as client:
+    with TestClient(create_app(settings, make_runtime(settings)), base_url="http://127.0.0.1") as client:
         publish(client, padding="x" * 3_000)
         too_large = client.post("/v1/tasks/spam/versions", files=[manifest(padding="x" * 5_000)])
         assert too_large.status_code == 413

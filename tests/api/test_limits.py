@@ -146,7 +146,7 @@ def test_two_requests_in_one_packet_are_both_answered(url: str) -> None:
 def test_browsers_of_named_origins_may_read_answers_and_errors(settings: Settings) -> None:
     settings = settings.model_copy(update={"cors_allow_origins": ("https://shop.example",)})
     runtime = make_runtime(settings)
-    with TestClient(create_app(settings, runtime)) as client:
+    with TestClient(create_app(settings, runtime), base_url="http://127.0.0.1") as client:
         for body in (BODY, {"inputs": ""}):
             response = client.post("/v1/predict", json=body, headers={"origin": "https://shop.example"})
             assert response.headers["access-control-allow-origin"] == "https://shop.example"
@@ -155,7 +155,7 @@ def test_browsers_of_named_origins_may_read_answers_and_errors(settings: Setting
 
 
 def test_the_application_closes_what_it_was_given(app: FastAPI, engine: FakeEngine) -> None:
-    with TestClient(app):
+    with TestClient(app, base_url="http://127.0.0.1"):
         assert engine.alive
     assert not engine.alive
 

@@ -138,18 +138,19 @@ def test_a_flood_from_many_addresses_is_remembered_in_bounded_memory() -> None:
 def test_a_missing_role_is_refused_by_name_and_noted_but_not_without_end() -> None:
     world = World()
     principal = Principal("paula", frozenset({Role.PUBLISH, Role.PREDICT}))
-    world.access.require(principal, Role.PUBLISH, "POST /v1/tasks/spam/versions")
+    world.access.require(principal, Role.PUBLISH)
     for _ in range(30):
-        with pytest.raises(ForbiddenError, match="role operate, and paula has predict, publish"):
-            world.access.require(principal, Role.OPERATE, "PUT /v1/tasks/spam/traffic")
+        with pytest.raises(ForbiddenError, match="role operate, and paula has predict, publish") as refused:
+            world.access.require(principal, Role.OPERATE)
+        world.access.refused(principal, "PUT /v1/tasks/spam/traffic", str(refused.value))
     assert len(world.notes) == 10
     actor, action, task, reason, details = world.notes[0]
-    assert (actor, action, task, details) == ("paula", "forbidden", None, {"role": "operate"})
-    assert reason == "PUT /v1/tasks/spam/traffic needs the role operate"
+    assert (actor, action, task, details) == ("paula", "forbidden", None, {})
+    assert reason.startswith("PUT /v1/tasks/spam/traffic: this needs a key with the role operate")
 
 
 def test_admin_has_every_role() -> None:
-    World().access.require(Principal("root", frozenset({Role.ADMIN})), Role.AUDIT, "GET /v1/audit")
+    World().access.require(Principal("root", frozenset({Role.ADMIN})), Role.AUDIT)
 
 
 def test_the_first_key_cannot_lock_everybody_out() -> None:
@@ -162,7 +163,7 @@ def test_the_first_key_cannot_lock_everybody_out() -> None:
     World(ADMIN_KEY).access.check_new_key("shop", frozenset({Role.PREDICT}))
 
 
-@pytest.mark.parametrize("name", ["anonymous", "admin"])
+@pytest.mark.parametrize("name", ["anonymous", "admin", "gate", "unknown at 10.0.0.1"])
 def test_names_of_the_server_itself_are_taken(name: str) -> None:
     with pytest.raises(ConflictError, match="taken by the server"):
         World().access.check_new_key(name, frozenset({Role.ADMIN}))
@@ -195,10 +196,10 @@ def test_notes_never_wait_for_a_writer_that_hangs() -> None:
     assert began.wait(10)
     for number in range(150):
         notes.note(str(number), "authenticate", None, "", {})
-    assert notes.dropped == 50
+    assert notes.dropped == 91, "60 a minute, the first among them"
     go_on.set()
     notes.close()
-    assert written == ["first", *map(str, range(100))]
+    assert written == ["first", *map(str, range(59))]
 
 
 def test_notes_go_on_after_one_that_could_not_be_written(caplog: pytest.LogCaptureFixture) -> None:
