@@ -11,7 +11,7 @@ OMP_NUM_THREADS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-learning bench-few-labels bench-swaps bench-experiment bench-peers format lock clean
+.PHONY: help install run test check bench bench-learning bench-few-labels bench-swaps bench-packing bench-experiment bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
@@ -52,6 +52,9 @@ bench-few-labels: $(VENV)/.dev
 
 bench-swaps: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.bench.swaps $(ARGS)
+
+bench-packing: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.packing $(DATA) $(ARGS)
 
 bench-experiment: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out prefixes/EXPERIMENT.md $(ARGS)

@@ -30,6 +30,9 @@ _STRENGTHS = (1.0, 4.0, 16.0)  # inverse regularisation, chosen on dev
 _USUAL_STRENGTH = 4.0  # where trying costs too much
 _TRIED_ROWS, _TRIED_LABELS = 20_000, 50
 
+# By these names they stand in manifests and reports.
+MAJORITY, TFIDF, LINEAR, CEILING = "majority", "tfidf", "linear head on the bare trunk", "full fine-tuning"
+
 _Figures = dict[str, dict[str, float]]  # split → figures
 _Predict = Callable[[Any], Floats]  # features → scores [texts, labels]
 
@@ -43,12 +46,12 @@ class Baseline:
 
 
 def text_baselines(train: Table, dev: Table, test: Table | None, labels: tuple[str, ...]) -> dict[str, Baseline]:
-    """ "majority", and "tfidf" where texts have answers of their own; of tokens "majority" alone, all outside."""
+    """MAJORITY, and TFIDF where texts have answers of their own; of tokens MAJORITY alone, all outside."""
     splits = {"dev": dev} | ({} if test is None else {"test": test})
-    found = {"majority": _timed(_majority, train, splits, labels)}
+    found = {MAJORITY: _timed(_majority, train, splits, labels)}
     is_told = train.problem_type is ProblemType.REGRESSION or len({e.labels for e in train.examples}) > 1
     if train.problem_type is not ProblemType.TOKEN and is_told:
-        found["tfidf"] = _timed(_tfidf, train, splits, labels)
+        found[TFIDF] = _timed(_tfidf, train, splits, labels)
     return found
 
 

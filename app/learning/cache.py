@@ -90,9 +90,11 @@ def build_cache(
     plan: CachePlan,
     advance: Callable[[int], None] | None = None,
     max_bytes: int | None = None,
+    begin: tuple[int, Tensor] | None = None,
 ) -> StateCache:
     """Run every text once. `advance` is told of texts done.
 
+    `begin`: (layers passed, states [all tokens, d]) of an earlier run to go on from; None: from the embeddings.
     States of more than `max_bytes` (None: MAX_BYTES) go to files. Raises DataError where the disk lacks room for them.
     """
     lengths = torch.tensor([len(encoding) for encoding in encodings])
@@ -102,7 +104,7 @@ def build_cache(
     flat = _flat_tensors(kept, total, width, MAX_BYTES if max_bytes is None else max_bytes)
     for texts in _batches(lengths):
         batch = _gather(starts, lengths, texts)
-        for layer, states in _run(backbone, [encodings[i] for i in texts.tolist()], batch.mask, plan):
+        for layer, states in _run(backbone, [encodings[i] for i in texts.tolist()], batch, plan, begin):
             target = flat.get(layer)
             if target is not None:
                 seen = states if layer == plan.fork_layer else backbone.read_states(layer, states)
@@ -137,17 +139,29 @@ def _disk(size: int) -> mmap.mmap:
 
 
 def _run(
-    backbone: Backbone, encodings: Sequence[Encoding], mask: Tensor, plan: CachePlan
+    backbone: Backbone,
+    encodings: Sequence[Encoding],
+    batch: Gathered,
+    plan: CachePlan,
+    begin: tuple[int, Tensor] | None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(layers passed, states [rows, tokens, d]), from 0: the embeddings."""
-    width = mask.shape[1]
+    """(layers passed, states [rows, tokens, d]), from those that it begins with."""
+    device = backbone.device
+    if begin is None:
+        first, states = 0, _embedded(backbone, encodings, batch.mask.shape[1], plan.position_offset)
+    else:
+        first, states = begin[0], states_at(begin[1], batch).to(device, backbone.dtype)
+    yield first, states
+    layers = range(first, plan.num_layers)
+    yield from run_layers(backbone, states, batch.mask.to(device), layers, plan.prefixes, plan.position_offset)
+
+
+def _embedded(backbone: Backbone, encodings: Sequence[Encoding], width: int, position_offset: int) -> Tensor:
+    """[rows, tokens, d]"""
     device = backbone.device
     ids = torch.tensor([e.input_ids + (0,) * (width - len(e)) for e in encodings], device=device)
     types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings], device=device)
-    states = backbone.embed(ids, types, positions(backbone, ids, plan.position_offset))
-    yield 0, states
-    layers = range(plan.num_layers)
-    yield from run_layers(backbone, states, mask.to(device), layers, plan.prefixes, plan.position_offset)
+    return backbone.embed(ids, types, positions(backbone, ids, position_offset))
 
 
 def _gather(starts: Tensor, lengths: Tensor, texts: Tensor) -> Gathered:

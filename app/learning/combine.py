@@ -7,7 +7,7 @@ After Huang et al. 2023 (arXiv 2305.13499), section 3.2.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from app.domain import BackboneSpec, HeadKind, InputKind, ProblemType, ReadoutKind, TextInput
-from app.engine.artifact import MANIFEST, Artifact, build_artifact, flatten_prefix, read_artifact
+from app.engine.artifact import MANIFEST, Artifact, flatten_prefix, read_artifact
 from app.engine.artifact_checks import FORMAT_VERSION, NAME, PROMPT, prefix_digest
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
-from app.engine.golden import check_golden
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
-from app.errors import ArtifactError, SettingsError
+from app.errors import SettingsError
 from app.learning import evaluation, writer
 from app.learning.data import Example, Table
 from app.learning.learn import Files, Options, learn
+from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
 from app.learning.prepare import Frozen, read_frozen
 from app.learning.problems import MEASURES
@@ -35,7 +35,6 @@ from app.learning.study import Tables, Watcher
 
 CHANGES = "changes.json"
 READOUTS = (ReadoutKind.MEAN, ReadoutKind.CLS, ReadoutKind.POOLER)  # those without anything to learn
-_MAX_GOLDEN_DIFFERENCE = 1e-4
 _SENTENCES = (
     "Tea, please.",
     "The train leaves at nine.",
@@ -49,8 +48,6 @@ _GOLDEN = Table(
     input_kind=InputKind.TEXT,
     examples=tuple(Example(TextInput(text), line) for line, text in enumerate(_SENTENCES, 1)),
 )
-
-Measure = Callable[[Engine, TextTokenizer, Artifact], dict[str, Any]]
 
 
 def combine(
@@ -71,14 +68,6 @@ def combine(
     frozen = read_frozen(Recipe(name, prefixes=tuple(prefixes)), exact.spec)
     with writer.new_folder(out) as folder:
         return _write_representation(folder, _representation(name, frozen, readout, read_layers, exact.spec), exact)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Draft:
-    """An artifact that was not measured yet."""
-
-    manifest: dict[str, Any]
-    tensors: dict[str, Tensor]
 
 
 def _representation(
@@ -151,30 +140,6 @@ def _write_representation(folder: Path, draft: Draft, exact: Backbone) -> dict[s
         return {"golden": evaluation.golden_examples(engine, tokenizer, artifact, _GOLDEN)}
 
     return write_measured(folder, draft, exact, golden)
-
-
-def write_measured(
-    folder: Path, draft: Draft, exact: Backbone, measure: Measure, in_full: Collection[str] = ()
-) -> dict[str, Any]:
-    """Write the tensors, add what `measure` says of what is read back to the manifest, and write that last.
-
-    Tensors named in `in_full` keep their precision. Returns the manifest.
-    Raises ArtifactError where what was written does not give the golden scores that it states.
-    """
-    tokenizer = TextTokenizer(exact.path)
-    writer.write_tensors(folder, draft.tensors, exact=in_full)
-    read = build_artifact(draft.manifest, writer.read_tensors(folder), exact.spec, "draft", folder.name)
-    with evaluation.running(exact) as engine:
-        engine.load(read)
-        manifest = draft.manifest | measure(engine, tokenizer, read)
-        writer.write_peft_config(folder, manifest, exact.spec)
-        writer.write_manifest(folder, manifest)
-        written = read_artifact(folder, exact.spec)
-        engine.load(written)
-        difference = check_golden(engine, tokenizer, written) or 0.0
-    if not difference <= _MAX_GOLDEN_DIFFERENCE:
-        raise ArtifactError(manifest["task"], [f"read back, its golden scores differ by {difference:.1e}"])
-    return manifest
 
 
 # -- a new version, with its heads -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from app.errors import SettingsError
 from app.learning import command, jobs
 from app.learning.combine import CHANGES, READOUTS, combine, update
 from app.learning.learn import Files
-from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
+from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded, numbers
 
 _DESCRIPTION = """Combine prefixes into a representation, in the order given. No training.
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     kinds = [kind.value for kind in READOUTS]
     parser.add_argument("--readout", choices=kinds, default=ReadoutKind.MEAN.value, help="default mean")
-    parser.add_argument("--read-layers", type=_numbers, default=(), metavar="N,N", help="default: the last layer")
+    parser.add_argument("--read-layers", type=numbers, default=(), metavar="N,N", help="default: the last layer")
     group = parser.add_argument_group("a new version")
     group.add_argument("--update", type=Path, metavar="DIR", help="the representation")
     group.add_argument(
@@ -40,13 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heads", nargs="+", type=Path, default=[], metavar="DIR", help="artifacts that read it")
     group.add_argument("--config", type=Path, metavar="FILE", help="their files, as manifold learn --config reads them")
     add_machine_arguments(parser)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'"{text}" is not numbers joined by commas, like 2,4,6') from error
 
 
 def _replacement(text: str) -> tuple[str, Path]:

@@ -20,7 +20,7 @@ from app.learning.learn import Files, Options, learn
 from app.learning.recipe import Recipe
 from app.learning.reporting import REPORT
 from app.learning.search import Arrangement
-from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
+from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded, numbers
 
 _DESCRIPTION = """Learn a task from labelled texts and write its artifact.
 
@@ -80,7 +80,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is learned")
     readouts = [kind.value for kind in ReadoutKind]
     group.add_argument("--readout", choices=readouts, help="default attention; tokens where tokens are tagged")
-    group.add_argument("--read-layers", type=_numbers, metavar="N,N", help="default: the last of each third")
+    group.add_argument("--read-layers", type=numbers, metavar="N,N", help="default: the last of each third")
     group.add_argument("--num-queries", type=int, metavar="N", help="for each layer read: 2 for up to 8 labels, else 4")
     group.add_argument("--hidden", type=int, metavar="N", help=_HIDDEN)
     group.add_argument(
@@ -118,13 +118,6 @@ _HIDDEN = "width of the head's hidden layer, 0: a linear head; default by labels
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'"{text}" is not numbers joined by commas, like 2,4,6') from error
 
 
 def _folders(text: str) -> tuple[Path, ...]:

@@ -29,8 +29,9 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
 from app.learning import evaluation, writer
 from app.learning.cache import CachePlan, build_cache
-from app.learning.combine import Draft, check_answers, figures, recipe_of, stored_prefixes, write_measured
+from app.learning.combine import check_answers, figures, recipe_of, stored_prefixes
 from app.learning.learn import Files, Options, learn
+from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
 from app.learning.prepare import Frozen, encode, limit_tokens
 from app.learning.problems import MEASURES

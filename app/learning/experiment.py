@@ -29,8 +29,7 @@ from app.learning.multitask import Together, finetune_together, train_shared_pre
 from app.learning.problems import MEASURES
 from app.learning.recipe import Recipe
 from app.learning.splits import findings, sampled_rows, subsample
-from app.learning.study import Files, Fitted, Study, Tables
-from app.learning.trainer import Epoch
+from app.learning.study import Files, Fitted, Quiet, Study, Tables
 
 ALL = 0  # as a number of examples
 LINEAR, ATTENTION = "linear", "attention"
@@ -264,20 +263,6 @@ class Sets:
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
-
-
-class Quiet:
-    """A watcher that tells nobody."""
-
-    def stage(self, name: str, total: int) -> None: ...
-
-    def advance(self, steps: int) -> None: ...
-
-    def epoch(self, epoch: Epoch, measure: str) -> None: ...
-
-    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
-
-    def notice(self, sentences: Sequence[str]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,11 +7,9 @@ Prefix tuning: Li & Liang 2021 (arXiv 2101.00190); combined prefixes: Huang et a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from app.domain import HeadKind, ReadoutKind
 from app.engine.artifact_checks import feature_size
@@ -19,7 +17,7 @@ from app.engine.backbone import Backbone
 from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names, join_layers, pool_tokens
 from app.learning.cache import Gathered, StateCache, states_at
 from app.learning.recipe import Recipe
-from app.learning.rows import LayerPrefix, run_layers
+from app.learning.rows import LayerPrefix, differentiable_attention, run_layers
 
 _QUERY_STD = 0.02
 _HEAD_STD = 0.02
@@ -83,7 +81,7 @@ class TaskModel(nn.Module):
         fork = states_at(cache.fork, batch).to(device, backbone.dtype)
         layers = range(first, self.recipe.read_layers[-1])
         offset = position_offset([prefix])
-        with _differentiable_attention(fork):
+        with differentiable_attention(backbone):
             for passed, states in run_layers(backbone, fork, mask, layers, [prefix], offset):
                 if passed in self.recipe.read_layers:
                     reads[passed] = backbone.read_states(passed, states).float()
@@ -105,13 +103,6 @@ class TaskModel(nn.Module):
                 return [s[chosen] for s in states]
             case _:
                 return [piece for s in states for piece in pool_tokens(s, None, mask)]
-
-
-def _differentiable_attention(states: Tensor) -> AbstractContextManager[None]:
-    """On a CPU the fused attention's backward takes longer than all else; plain products halve a backward pass."""
-    if states.device.type == "cpu" and torch.is_grad_enabled():
-        return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext()
 
 
 def position_offset(prefixes: list[LayerPrefix]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from app.domain import BackboneSpec, Encoding, Prefix, ProblemType, ReadoutKind, TaskVersion
+from app.domain import BackboneSpec, Encoding, InputKind, Prefix, ProblemType, ReadoutKind, TaskVersion
 from app.engine.artifact import Artifact, flatten_prefix, read_artifact
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
 from app.engine.backbone import Backbone
@@ -26,13 +26,12 @@ from app.learning.problems import MEASURES
 from app.learning.recipe import Recipe
 from app.learning.search import NUM_VIRTUAL_TOKENS, Arrangement, candidates, passes_of
 from app.learning.splits import findings, sampled_rows, subsample
-from app.learning.study import Files, Fitted, Study, Tables, Watcher
-from app.learning.trainer import Epoch
+from app.learning.study import Files, Fitted, Quiet, Study, Tables, Watcher
 
 NEAR = 1e-9  # of passes and scores: less is rounding
 _SEARCH_ROWS = 3000  # more are not needed to tell arrangements apart
 _SEARCH_DEV_ROWS = 1500
-_MIN_SHARED_FITS = 6
+_SHARED_FITS, _MIN_SHARED_FITS = 3, 6  # for each task, and at least
 _FREE = 1e-3  # passes that a move is taken to cost at least
 _ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for every text
 
@@ -49,7 +48,7 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class Limits:
     tolerance: float = 0.005  # of dev score that a task may lose against its best arrangement
-    max_passes: float = 1.2  # of a request for all tasks
+    max_passes: float = 1.2  # of a request for all tasks that read its kind of input
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +103,10 @@ class Task:
         return self.member.recipe.task
 
     @property
+    def input_kind(self) -> InputKind:
+        return self.tables.train.input_kind
+
+    @property
     def measure(self) -> str:
         return MEASURES[self.tables.problem_type]
 
@@ -134,7 +137,7 @@ class Task:
             problem_type=tables.problem_type,
             labels=tables.labels,
             readout=self.recipe.reads,
-            input_kind=tables.train.input_kind,
+            input_kind=self.input_kind,
             prefixes=prefixes_of(read),
         )
 
@@ -218,7 +221,7 @@ def _num_virtual_tokens(member: Member) -> int:
 
 def _measure_live(task: Task, path: Path, artifact: Artifact, engine: Engine, tokenizer: TextTokenizer) -> Live:
     tables, version = task.tables, artifact.version(0)
-    is_same = version.problem_type is tables.problem_type and version.input_kind is tables.train.input_kind
+    is_same = version.problem_type is tables.problem_type and version.input_kind is task.input_kind
     if not is_same or set(version.labels) != set(tables.labels):
         raise DataError(f"{path} answers with other labels than the files of {task.name} hold: give the files it is of")
     figures: dict[str, float] = {}
@@ -253,7 +256,8 @@ class Search:
     """Measures arrangements, and moves tasks until none lacks anything or nothing more can be afforded.
 
     A move puts tasks that lack onto one tuple. Of all moves that `max_passes` allows, the one that removes most of
-    what is lacking for each extra pass is taken, again and again.
+    what is lacking for each extra pass is taken, again and again. A text and a pair never stand in one request, so
+    each kind of input has its own plan, and the limit holds for each.
     """
 
     tasks: dict[str, Task]
@@ -267,7 +271,7 @@ class Search:
     def run(self) -> list[tuple[str, State]]:
         """Every state that the search went through, with what led to it."""
         first_layers = self._first_layers()
-        self.fits_left = max(2 * len(self.tasks), _MIN_SHARED_FITS)
+        self.fits_left = max(_SHARED_FITS * len(self.tasks), _MIN_SHARED_FITS)
         alone = sum(2 + len(first_layers) + task.live_is_ahead for task in self.tasks.values())
         self.watcher.stage("fits at most", alone + self.fits_left)
         for task in self.tasks.values():
@@ -277,12 +281,16 @@ class Search:
             states.append(move)
         return states
 
-    def passes(self, state: Mapping[str, PrefixTuple]) -> float:
+    def passes(self, state: Mapping[str, PrefixTuple]) -> dict[InputKind, float]:
         return self.plan_passes(self.tasks[name].version(read) for name, read in state.items())
 
-    def plan_passes(self, versions: Iterable[TaskVersion]) -> float:
-        """Of one request for all of them."""
-        return make_plan(_ENCODING, list(versions), self.backbone.spec.num_layers).passes
+    def plan_passes(self, versions: Iterable[TaskVersion]) -> dict[InputKind, float]:
+        """For each kind of input, of one request for all of them that read it."""
+        by_kind: dict[InputKind, list[TaskVersion]] = {}
+        for version in versions:
+            by_kind.setdefault(version.input_kind, []).append(version)
+        layers = self.backbone.spec.num_layers
+        return {kind: make_plan(_ENCODING, by_kind[kind], layers).passes for kind in InputKind if kind in by_kind}
 
     def average(self, state: Mapping[str, PrefixTuple]) -> float:
         return sum(self.tasks[name].scores[read] for name, read in state.items()) / len(state)
@@ -353,18 +361,23 @@ class Search:
         lacking = self.lacking(state)
         if not lacking:
             return None
-        moves = list(self._moves(state, lacking))  # measured by now, which may have found a better best
-        before, passes = self._total_shortfall(state), self.passes(state)
+        return self._best_of(self._moves(state, lacking), state) or self._best_of(
+            self._gatherings(state, lacking), state
+        )
+
+    def _best_of(self, possible: Iterator[tuple[str, State]], state: State) -> tuple[str, State] | None:
+        moves = list(possible)  # measured by now, which may have found a better best
+        before, passes = self._total_shortfall(state), sum(self.passes(state).values())
 
         def worth(move: tuple[str, State]) -> tuple[float, float]:
             gain = before - self._total_shortfall(move[1])
-            return gain / max(self.passes(move[1]) - passes, _FREE), self.average(move[1])
+            return gain / max(sum(self.passes(move[1]).values()) - passes, _FREE), self.average(move[1])
 
         useful = [m for m in moves if self._is_affordable(m[1]) and before - self._total_shortfall(m[1]) > NEAR]
         return max(useful, key=worth, default=None)
 
     def _is_affordable(self, state: Mapping[str, PrefixTuple]) -> bool:
-        return self.passes(state) <= self.limits.max_passes + NEAR
+        return max(self.passes(state).values()) <= self.limits.max_passes + NEAR
 
     def _moves(self, state: State, lacking: Sequence[Task]) -> Iterator[tuple[str, State]]:
         """What is likeliest to help comes first: the number of fits is bounded."""
@@ -382,14 +395,30 @@ class Search:
                 if not _shares(read, source):
                     yield from self._move(state, (*read, source), members, lacking)
 
+    def _gatherings(self, state: State, lacking: Sequence[Task]) -> Iterator[tuple[str, State]]:
+        """All tasks of one kind of input onto one tuple: nothing reads the trunk above its fork any more.
+
+        Tasks that lack nothing move too, so it comes when nothing else helps.
+        """
+        for kind in dict.fromkeys(task.input_kind for task in lacking):
+            members = [task for task in self.tasks.values() if task.input_kind is kind]
+            alike = [task for task in lacking if task.input_kind is kind]
+            for first_layer in self._first_layers():
+                if read := _own_prefixes(alike, first_layer):
+                    yield from self._move(state, read, members, ())
+
     def _move(
         self, state: State, read: PrefixTuple, members: Sequence[Task], lacking: Sequence[Task]
     ) -> Iterator[tuple[str, State]]:
         """Onto `read`: all `members`, and of those that lack whom it helps."""
         carried = {task.name: read for task in members}
-        others = [task for task in lacking if task.name not in carried]
-        if not self._is_affordable(state | carried | {task.name: read for task in others}):
+        if not self._is_affordable(state | carried):
             return
+        others: list[Task] = []
+        for kind in InputKind:
+            joining = [task for task in lacking if task.name not in carried and task.input_kind is kind]
+            if self._is_affordable(state | carried | {task.name: read for task in joining}):
+                others += joining
         if not all(self._measure(task, read) for task in members):
             return
         helped = [t for t in others if self._measure(t, read) and t.scores[read] > t.scores[state[t.name]]]
@@ -429,11 +458,15 @@ class Search:
 def _new_tuples(lacking: Sequence[Task], first_layers: Sequence[int]) -> Iterator[PrefixTuple]:
     """From the latest fork: the lacking tasks' prefixes combined, and each alone; then what is live, each alone."""
     for first_layer in first_layers:
-        own = [s for task in lacking for s in task.sources if not s.is_live and s.first_layer == first_layer]
+        own = _own_prefixes(lacking, first_layer)
         if len(own) > 1:
-            yield tuple(own)
+            yield own
         yield from ((source,) for source in own)
     yield from ((source,) for task in lacking for source in task.sources if source.is_live)
+
+
+def _own_prefixes(tasks: Sequence[Task], first_layer: int) -> PrefixTuple:
+    return tuple(s for task in tasks for s in task.sources if not s.is_live and s.first_layer == first_layer)
 
 
 def _shares(read: PrefixTuple, source: Source) -> bool:
@@ -473,17 +506,3 @@ def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> tuple[Prefi
     writer.write_tensors(path, {PROMPT: flat})
     writer.write_manifest(path, manifest)
     return read_artifact(path, spec).version(0).prefixes
-
-
-class Quiet:
-    """Hears nothing: the stages and epochs of so many fits would drown the rest."""
-
-    def stage(self, name: str, total: int) -> None: ...
-
-    def advance(self, steps: int) -> None: ...
-
-    def epoch(self, epoch: Epoch, measure: str) -> None: ...
-
-    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
-
-    def notice(self, sentences: Sequence[str]) -> None: ...

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.max_passes,
         metavar="X",
-        help="of a request for all tasks; default %(default)s",
+        help="of a request for all tasks that read its kind of input, text or pair; default %(default)s",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the release")
     add_machine_arguments(parser)

@@ -29,7 +29,7 @@ class Recipe:
     batch_size: int = 32
     learning_rate: float = 1e-3
     query_learning_rate: float = 1e-2
-    prefix_learning_rate: float = 1e-2
+    prefix_learning_rate: float = 1e-1
     weight_decay: float = 0.01
     dropout: float = 0.3
     warmup: float = 0.06  # share of all steps

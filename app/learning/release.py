@@ -23,7 +23,6 @@ from app.learning.pack import (
     Limits,
     Member,
     PrefixTuple,
-    Quiet,
     Search,
     Source,
     State,
@@ -35,7 +34,7 @@ from app.learning.pack import (
     read_tasks,
 )
 from app.learning.recipe import Recipe
-from app.learning.study import Watcher
+from app.learning.study import Quiet, Watcher
 
 RELEASE, READABLE = "release.json", "RELEASE.md"
 
@@ -145,11 +144,6 @@ def _described(search: Search, states: Sequence[tuple[str, State]], outcomes: Ma
         "max_passes": search.limits.max_passes,
         "fits": search.fits,
         "passes": _both_passes(search, outcomes),
-        "passes_by_input": {
-            kind: _both_passes(search, chosen)
-            for kind in InputKind
-            if (chosen := {n: o for n, o in outcomes.items() if o.version.input_kind is kind})
-        },
         "tasks": {name: _described_task(search.tasks[name], state[name], out) for name, out in outcomes.items()},
         "groups": _described_groups(state, outcomes),
         "curve": _curve(search, states),
@@ -162,11 +156,15 @@ def _described(search: Search, states: Sequence[tuple[str, State]], outcomes: Ma
     }
 
 
-def _both_passes(search: Search, outcomes: Mapping[str, Outcome]) -> dict[str, float | None]:
-    """Of one request for all: before, of those that are live; None where none is."""
-    live = [task.live.version for name in outcomes if (task := search.tasks[name]).live is not None]
-    after = search.plan_passes(outcome.version for outcome in outcomes.values())
-    return {"before": round(search.plan_passes(live), 4) if live else None, "after": round(after, 4)}
+def _both_passes(search: Search, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, float | None]]:
+    """By kind of input, of one request for all that read it: before, of those that are live; None where none is."""
+    live = search.plan_passes(task.live.version for name in outcomes if (task := search.tasks[name]).live is not None)
+    after = _rounded(search.plan_passes(outcome.version for outcome in outcomes.values()))
+    return {kind: {"before": _rounded(live).get(kind), "after": passes} for kind, passes in after.items()}
+
+
+def _rounded(passes: Mapping[InputKind, float]) -> dict[str, float]:
+    return {kind.value: round(number, 4) for kind, number in passes.items()}
 
 
 def _described_task(task: Task, read: PrefixTuple, outcome: Outcome) -> dict[str, Any]:
@@ -208,7 +206,7 @@ def _curve(search: Search, states: Sequence[tuple[str, State]]) -> list[dict[str
     if len(live) == len(search.tasks):
         passes = search.plan_passes(one.version for one in live)
         points.insert(0, ("as it is now", passes, sum(one.dev for one in live) / len(live)))
-    return [{"state": name, "passes": round(passes, 4), "dev": round(dev, 5)} for name, passes, dev in points]
+    return [{"state": name, "passes": _rounded(passes), "dev": round(dev, 5)} for name, passes, dev in points]
 
 
 def _described_lack(task: Task, read: PrefixTuple, tolerance: float) -> dict[str, Any]:
@@ -229,24 +227,23 @@ def readable(release: Mapping[str, Any]) -> str:
     parts = [
         "# Proposed release",
         *cost(release),
-        _markdown(task_rows(release)),
+        markdown(task_rows(release)),
         "dev and test are of the whole files, before → after; search is the dev score on the rows of the search, and "
         "that of the best arrangement found.",
         "## Score against passes",
-        _markdown(curve_rows(release)),
+        markdown(curve_rows(release)),
         *conclusions(release),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def cost(release: Mapping[str, Any]) -> list[str]:
-    """In sentences: of a request for all tasks, and of one input where inputs are of two kinds."""
-    found = [f"Passes for all tasks: {_change(release['passes'], 2)} (at most {release['max_passes']:g})."]
-    by_input = release["passes_by_input"]
-    if len(by_input) > 1:
-        each = ", ".join(f"{kind} {_change(passes, 2)}" for kind, passes in by_input.items())
-        found.append(f"Of one input, for the tasks that read its kind: {each}.")
-    return found
+    """In sentences. A text and a pair never stand in one request."""
+    by_kind, limit = release["passes"], f"at most {release['max_passes']:g}"
+    if len(by_kind) == 1:
+        return [f"Passes for all tasks: {_change(next(iter(by_kind.values())), 2)} ({limit})."]
+    each = ", ".join(f"{kind} {_change(passes, 2)}" for kind, passes in by_kind.items())
+    return [f"Passes of a request for all tasks that read its kind of input: {each} (each {limit})."]
 
 
 def task_rows(release: Mapping[str, Any]) -> list[list[str]]:
@@ -264,8 +261,12 @@ def task_rows(release: Mapping[str, Any]) -> list[list[str]]:
 
 
 def curve_rows(release: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["state", "passes", "average dev score"]]
-    return rows + [[point["state"], f"{point['passes']:.3f}", f"{point['dev']:.4f}"] for point in release["curve"]]
+    kinds = list(release["passes"])
+    rows = [["state", *(f"passes, {kind}" if len(kinds) > 1 else "passes" for kind in kinds), "average dev score"]]
+    for point in release["curve"]:
+        passes = [f"{point['passes'][kind]:.3f}" if kind in point["passes"] else "" for kind in kinds]
+        rows.append([point["state"], *passes, f"{point['dev']:.4f}"])
+    return rows
 
 
 def conclusions(release: Mapping[str, Any]) -> list[str]:
@@ -286,6 +287,7 @@ def _change(figures: Mapping[str, float | None], digits: int) -> str:
     return " → ".join(shown)
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its heading first."""
     heading, *rest = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([heading, "|" + "---|" * len(rows[0]), *rest])

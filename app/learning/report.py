@@ -17,14 +17,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from app.domain import ProblemType
 from app.learning import drawing
+from app.learning.baselines import CEILING, LINEAR, TFIDF
 
 _MAX_TEXT = 300  # characters of one text
 _MAX_MATRIX = 30  # labels of a confusion matrix; above, its largest cells are listed
 _MAX_ROWS = 100  # of the longer tables
 _MAX_NAMED = 8  # labels that the first sentence names
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_CEILING = "full fine-tuning"  # a copy of the backbone: what a task can reach, not what it must beat
-_LINEAR = "linear head on the bare trunk"
 _NAMES = {
     ProblemType.SINGLE_LABEL: "single-label classification",
     ProblemType.MULTI_LABEL: "multi-label classification",
@@ -37,7 +36,7 @@ _NAMES = {
     "rmse": "RMSE",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
-    "tfidf": "TF-IDF + a linear model",
+    TFIDF: "TF-IDF + a linear model",
 }
 
 
@@ -209,8 +208,8 @@ class _Quality:
 
     @property
     def best(self) -> tuple[str, float] | None:
-        """The best of what the artifact has to beat."""
-        rivals = [name for name in self.baselines if name != _CEILING and not (name == _LINEAR and self.is_linear)]
+        """The best of what the artifact has to beat: not a copy of the backbone, which is the ceiling."""
+        rivals = [name for name in self.baselines if name != CEILING and not (name == LINEAR and self.is_linear)]
         reached = [(name, value) for name in rivals if (value := self.reached(name)) is not None]
         return max(reached, key=lambda pair: pair[1], default=None)
 
@@ -280,7 +279,7 @@ def _how_good(own: _Quality) -> Iterator[str]:
     if own.best is not None:
         name, value = own.best
         yield f"The best baseline, {_words(name)}, reaches {_number(value)}: {_points(own.difference(value))}."
-    ceiling = own.reached(_CEILING) if _CEILING in own.baselines else None
+    ceiling = own.reached(CEILING) if CEILING in own.baselines else None
     if ceiling is not None:
         difference = _points(own.difference(ceiling))
         yield f"Full fine-tuning, with a copy of the whole backbone, reaches {_number(ceiling)}: {difference}."

@@ -17,7 +17,7 @@ from torch import Tensor
 from app.domain import ProblemType, ReadoutKind
 from app.engine.heads import scores_of
 from app.learning import evaluation
-from app.learning.baselines import Baseline, text_baselines
+from app.learning.baselines import CEILING, LINEAR, Baseline, text_baselines
 from app.learning.data import Example
 from app.learning.evaluation import Scored
 from app.learning.figures import Bools, Floats
@@ -28,8 +28,6 @@ from app.learning.search import Found
 from app.learning.study import Fitted, Study, Tables
 
 REPORT = "report.html"
-LINEAR = "linear head on the bare trunk"
-FULL = "full fine-tuning"
 _MAX_MISTAKES = 15
 
 
@@ -54,7 +52,7 @@ def baselines(study: Study, recipe: Recipe, full_finetune: bool) -> dict[str, Ba
     found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
     found[LINEAR] = _linear(study, recipe)
     if full_finetune:
-        found[FULL] = _full(study)
+        found[CEILING] = _full(study)
     return found
 
 
@@ -86,7 +84,7 @@ def _full(study: Study) -> Baseline:
     texts = {name: Texts(*study.texts(name)) for name in study.tables.named}
     kind, labels, device = study.tables.problem_type, study.tables.labels, study.backbone.device
     settings = FinetuneSettings()
-    study.watcher.stage(FULL, settings.epochs)
+    study.watcher.stage(CEILING, settings.epochs)
     tuned = finetune(
         study.backbone.path,
         (texts["train"], texts["dev"]),

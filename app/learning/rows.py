@@ -6,7 +6,7 @@ The one-prefix-for-all-rows case of the engine's forward pass, open to autograd.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from app.engine import attention
 from app.engine.attention import Segment, additive_mask, attend
 from app.engine.backbone import Backbone
 
-_RECORDING = "manifold_recording"
+_RECORDING, _PLAIN = "manifold_recording", "manifold_plain"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,10 +92,52 @@ AttentionMaskInterface.register(_RECORDING, sdpa_mask)
 @contextmanager
 def recorded_keys_values(backbone: Backbone) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Within, each layer run adds its keys and values, [rows, heads, tokens, head size] each, to the list."""
-    config = backbone.family.config
     _recorded.clear()
-    config._attn_implementation = _RECORDING
-    try:
+    with _attention(backbone, _RECORDING):
         yield _recorded
+
+
+@contextmanager
+def _attention(backbone: Backbone, name: str) -> Iterator[None]:
+    config = backbone.family.config
+    config._attn_implementation = name
+    try:
+        yield
     finally:
         config._attn_implementation = attention.NAME
+
+
+# -- attention that is trained through ---------------------------------------------------------------------------------
+
+
+def differentiable_attention(backbone: Backbone) -> AbstractContextManager[None]:
+    """On a CPU the fused attention's backward takes longer than all else, and torch's own plain one looks for rows
+    that see nothing, which a prefix never leaves: bare products take a third off a training step."""
+    if backbone.device.type == "cpu" and torch.is_grad_enabled():
+        return _attention(backbone, _PLAIN)
+    return nullcontext()
+
+
+def _attend_plainly(
+    module: nn.Module,  # noqa: ARG001 - transformers' attention interface passes it
+    query: Tensor,  # [rows, heads, tokens, head size]
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the segment has it
+    *,
+    scaling: float | None = None,
+    segments: Sequence[Segment],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    (segment,) = segments
+    if segment.key is not None and segment.value is not None:
+        key, value = torch.cat((segment.key, key), dim=2), torch.cat((segment.value, value), dim=2)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scale) @ key.transpose(-1, -2)
+    if segment.mask is not None:
+        scores = scores + segment.mask
+    return (scores.softmax(dim=-1) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register(_PLAIN, _attend_plainly)
+AttentionMaskInterface.register(_PLAIN, sdpa_mask)

@@ -124,7 +124,7 @@ def refinements(chosen: Candidate, given: Collection[str] = ()) -> Iterator[tupl
         changes.append(("dropout 0.1", "dropout", 0.1))
     if recipe.num_virtual_tokens:
         more = 2 * recipe.num_virtual_tokens
-        changes.append(("prefix rate × 3", "prefix_learning_rate", 3 * recipe.prefix_learning_rate))
+        changes.append(("prefix rate ÷ 3", "prefix_learning_rate", recipe.prefix_learning_rate / 3))
         changes.append((f"{more} virtual tokens", "num_virtual_tokens", more))
     for told, name, value in changes:
         if name not in given:

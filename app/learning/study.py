@@ -50,6 +50,20 @@ class Watcher(Protocol):
         """What a person should know of the data."""
 
 
+class Quiet:
+    """A watcher that tells nobody: of so many fits, their stages and epochs would drown the rest."""
+
+    def stage(self, name: str, total: int) -> None: ...
+
+    def advance(self, steps: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, measure: str) -> None: ...
+
+    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
+
+    def notice(self, sentences: Sequence[str]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Files:
     train: Path
@@ -216,7 +230,8 @@ class Study:
         ]
 
     def _compute(self, name: str, plans: list[CachePlan]) -> None:
-        """Add the states that are not there yet: behind layers in one pass, and of the embeddings."""
+        """Add the states that are not there yet: behind layers in one pass that goes on from lower ones where they are
+        there, and of the embeddings."""
         plan = plans[0]
         if self._whole is not None:
             self._whole._compute(name, plans)
@@ -236,8 +251,11 @@ class Study:
     def _run(self, name: str, plan: CachePlan, keep: CachePlan) -> StateCache:
         encodings = self._encode(name, plan)
         self.watcher.stage(f"frozen layers, {name}", len(encodings))
-        cache = build_cache(self.backbone, encodings, keep, self.watcher.advance)
-        self._views[_key(plan)].extents[name] = cache.starts, cache.lengths
+        view = self._views[_key(plan)]
+        lower = [layer for layer in view.states[name] if 0 < layer < min(keep.cached_reads, default=0)]
+        begin = (max(lower), view.states[name][max(lower)]) if lower else None
+        cache = build_cache(self.backbone, encodings, keep, self.watcher.advance, begin=begin)
+        view.extents[name] = cache.starts, cache.lengths
         return cache
 
     def _encode(self, name: str, plan: CachePlan) -> list[Encoding]:

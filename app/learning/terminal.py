@@ -34,6 +34,14 @@ def backbones(args: argparse.Namespace) -> tuple[Backbone, Backbone]:
     return backbone, Backbone.load(args.model, args.device, "float32")
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """As an option gives them: joined by commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'"{text}" is not numbers joined by commas, like 2,4,6') from error
+
+
 def guarded(name: str, work: Callable[[], int]) -> int:
     """What `work` returns; 1 with one sentence on stderr where it fails, 130 where it was interrupted."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -23,8 +23,7 @@ from app.learning.learn import with_enough_steps
 from app.learning.problems import dev_figure
 from app.learning.recipe import Recipe
 from app.learning.splits import subsample
-from app.learning.study import Files, Fitted, Study, Tables
-from app.learning.trainer import Epoch
+from app.learning.study import Files, Fitted, Quiet, Study, Tables
 from tests.bench.machine import describe
 
 SETS = ("trec", "mpqa", "subj", "tweeteval_offensive", "mrpc", "rte")
@@ -32,20 +31,6 @@ SIZES = (16, 100, 1000)
 DEV_ROWS, TEST_ROWS = 200, 500
 REPORT = Path(__file__).with_name("FEWLABELS.md")
 PREFIXES = Path(__file__).parents[2] / "prefixes"
-
-
-class Quiet:
-    """A watcher that shows nothing."""
-
-    def stage(self, name: str, total: int) -> None: ...
-
-    def advance(self, steps: int) -> None: ...
-
-    def epoch(self, epoch: Epoch, measure: str) -> None: ...
-
-    def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
-
-    def notice(self, sentences: Sequence[str]) -> None: ...
 
 
 def measure(backbone: Backbone, folder: Path, rows: int, seed: int, tolerance: float) -> dict[str, tuple[float, str]]:

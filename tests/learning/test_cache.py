@@ -14,8 +14,12 @@ import torch
 
 from app.domain import Encoding
 from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError
 from app.learning.cache import CachePlan, StateCache, build_cache, states_at
+from app.learning.rows import LayerPrefix, differentiable_attention, run_layers
+from app.learning.study import Files, Quiet, Study, Tables
+from tests.learning import samples
 from tests.learning.samples import VOCABULARY
 
 PLAN = CachePlan(read_layers=(1, 2, 3), fork_layer=2)
@@ -107,3 +111,39 @@ def test_a_subset_reads_the_states_of_its_texts(backbone: Backbone, encodings: l
     first = states_at(cache.fork, part)[0, : len(encodings[17])]
     start = sum(map(len, encodings[:17]))
     assert torch.equal(first, cache.fork[start : start + len(encodings[17])].float())
+
+
+def test_it_goes_on_from_states_that_are_there(backbone: Backbone, encodings: list[Encoding]) -> None:
+    whole = build_cache(backbone, encodings, BARE)
+    rest = build_cache(backbone, encodings, CachePlan((3,)), begin=(1, whole.reads[1]))
+    assert rest.reads.keys() == {3}
+    assert torch.allclose(rest.reads[3].float(), whole.reads[3].float(), atol=5e-3)  # what lies between is in half
+
+
+def test_a_layer_that_is_asked_for_later_is_computed_from_the_one_below(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = samples.single_rows(random.Random(0), 30)
+    path = samples.write_rows(tmp_path / "train.tsv", ("text", "label"), rows)
+    study = Study(Tables.read(Files(path, path), None), backbone, TextTokenizer(backbone.path), Quiet())
+    run: list[int] = []
+    layer = backbone.run_layer
+    monkeypatch.setattr(backbone, "run_layer", lambda index, *rest: run.append(index) or layer(index, *rest))
+    study.split(CachePlan((2,)), "train")
+    study.split(CachePlan((2, 3)), "train")
+    assert sorted(set(run)) == [0, 1, 2] and run.count(2) == run.count(0)
+
+
+def test_what_is_trained_through_attends_as_the_engine_does(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    spec = backbone.spec
+    states, mask = torch.randn(3, 7, spec.hidden_size), torch.ones(3, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    prefix = LayerPrefix(1, torch.randn(spec.num_layers - 1, 2, spec.num_heads, 5, spec.head_size, requires_grad=True))
+    layers = range(1, spec.num_layers)
+    with differentiable_attention(backbone):
+        *_, (_, trained) = run_layers(backbone, states, mask, layers, [prefix])
+    *_, (_, served) = run_layers(backbone, states, mask, layers, [prefix])
+    assert torch.allclose(trained[mask], served[mask], atol=1e-5)
+    trained[mask].sum().backward()
+    assert prefix.vectors.grad is not None and prefix.vectors.grad.abs().sum() > 0

@@ -16,8 +16,7 @@ import torch
 from app.domain import ProblemType, ReadoutKind, TextInput
 from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
-from app.engine.engine import Engine
-from app.engine.golden import predict
+from app.engine.golden import check_golden, predict
 from app.engine.plan import make_plan
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, SettingsError
@@ -29,7 +28,6 @@ from app.learning.prepare import encode
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix, positions, run_layers
 from app.learning.trainer import Epoch
-from app.service.catalog import build_catalog
 from tests.learning import samples
 
 
@@ -142,20 +140,16 @@ def test_its_vector_is_the_mean_of_a_row_that_sees_all_prefixes(world: World, ba
     assert output.scores == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_it_is_served_under_its_name_once_its_golden_vectors_came_out_right(
-    world: World, backbone: Backbone, tmp_path: Path
-) -> None:
-    (tmp_path / "both").symlink_to(world / "both")
-    (tmp_path / "mood").symlink_to(world / "mood")
-    engine = Engine(backbone)
-    engine.start()
-    try:
-        catalog = build_catalog(tmp_path, engine, TextTokenizer(backbone.path))
-    finally:
-        engine.close()
-    assert not catalog.left_out and catalog.worst_difference is not None
-    assert catalog.snapshot.representations["both"].problem_type is ProblemType.EMBEDDING
-    assert list(catalog.snapshot.tasks) == ["mood"]
+def test_it_and_its_head_load_with_the_golden_scores_that_they_state(world: World, backbone: Backbone) -> None:
+    tokenizer = TextTokenizer(backbone.path)
+    with evaluation.running(backbone) as engine:
+        for name in ("both", "mood"):
+            artifact = read_artifact(world / name, backbone.spec)
+            assert artifact.manifest["task"] == name
+            engine.load(artifact)
+            difference = check_golden(engine, tokenizer, artifact)
+            assert difference is not None and difference < 1e-4
+    assert read_artifact(world / "both", backbone.spec).manifest["problem_type"] == ProblemType.EMBEDDING
 
 
 def test_a_head_shares_its_row(world: World, backbone: Backbone) -> None:

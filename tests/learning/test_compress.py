@@ -75,6 +75,7 @@ def fit(root: Path, backbone: Backbone, name: str, **changes: Any) -> None:
         "batch_size": 32,
         "hidden": 16,
         "learning_rate": 5e-3,
+        "prefix_learning_rate": 1e-2,
         "dropout": 0.1,
         "patience": 0,
         "task": name,

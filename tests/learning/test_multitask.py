@@ -12,12 +12,11 @@ from app.domain import ReadoutKind
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.learning.cache import CachePlan
-from app.learning.experiment import Quiet
 from app.learning.finetune import FinetuneSettings
 from app.learning.multitask import finetune_together, train_shared_prefix, write_prefix
 from app.learning.problems import dev_figure, loss_of
 from app.learning.recipe import Recipe
-from app.learning.study import Files, Study, Tables
+from app.learning.study import Files, Quiet, Study, Tables
 from tests.learning import samples
 
 
