@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
 
 from app.domain import BackboneSpec
+from app.engine.artifact_checks import prefix_digest
 
 
 def write_artifact(
@@ -43,4 +45,25 @@ def write_artifact(
         "backbone": {"fingerprint": spec.fingerprint},
     }
     (folder / "manifest.json").write_text(json.dumps(stated | manifest))
+    return folder
+
+
+def add_prefix(
+    folder: Path,
+    spec: BackboneSpec,
+    num_virtual_tokens: int,
+    first_layer: int = 0,
+    position_offset: int = 0,
+    seed: int = 0,
+) -> Path:
+    """Puts a prefix before what such a folder reads. Returns the folder."""
+    path = folder / "adapter_model.safetensors"
+    width = 2 * spec.num_heads * spec.head_size * (spec.num_layers - first_layer)
+    flat = np.random.default_rng(seed).normal(size=(num_virtual_tokens, width)).astype(np.float32)
+    save_file({**load_file(path), "prompt_embeddings": flat}, path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = prefix_digest(torch.from_numpy(flat), first_layer)
+    prefix = {"digest": digest, "num_virtual_tokens": num_virtual_tokens, "first_layer": first_layer}
+    added = {"prefixes": [prefix], "position_offset": position_offset}
+    (folder / "manifest.json").write_text(json.dumps(manifest | added))
     return folder
