@@ -69,7 +69,14 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            self.process.send_signal(signal.SIGCONT)
+            for _ in range(2):  # the second ends it at once, its own redis-server with it
+                self.process.terminate()
+                time.sleep(0.05)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
         self.process.wait()
         self._reader.join(5)
         assert self.process.stderr is not None

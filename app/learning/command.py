@@ -239,7 +239,7 @@ def _show(manifest: dict[str, Any], out: Path) -> None:
     cost = f"{manifest['cost']['passes']:.2f} passes beside tasks on the bare trunk"
     console.print(f"{manifest['task']}: {out} ({size_kb:.0f} kB, {cost})", soft_wrap=True)
     console.print(f"report: {out / REPORT}", soft_wrap=True)
-    console.print(f"serve it: manifold serve --prefixes {out.absolute().parent}", soft_wrap=True)
+    console.print(f"make it live: manifold publish {out}", soft_wrap=True)
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -351,6 +351,29 @@ def test_a_restart_on_an_older_index_says_so(spam: World, client: object) -> Non
     assert spam.follower.loss is None
 
 
+def test_a_restart_on_an_older_index_that_went_on_past_where_it_was_drops_nothing(spam: World, client: object) -> None:
+    dumps = {key: client.dump(key) for key in client.keys("*")}  # type: ignore[attr-defined]
+    spam.promote("topic", spam.publish("topic", seed=7))
+    spam.follower.sync()
+    before = spam.follower.catalog.snapshot.generation
+    client.flushall()  # type: ignore[attr-defined]
+    for key, dump in dumps.items():
+        client.restore(key, 0, dump)  # type: ignore[attr-defined]
+    for seed in (2, 3):
+        spam.promote("spam", spam.publish("spam", seed))
+    for _ in range(2):
+        spam.follower.close()
+        spam.follower = spam.restarted()
+        spam.begin()
+        assert spam.follower.catalog.snapshot.generation > before
+        assert spam.live() == {"spam": 3, "topic": 1}
+        assert spam.follower.loss is not None and "topic@1" in spam.follower.loss.told
+    spam.index.restore("otto", spam.follower.loss.before, "it was a backup", spam.follower.loss.seen)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 3, "topic": 1}
+    assert spam.follower.loss is None
+
+
 def test_what_is_lost_can_be_let_go(spam: World, client: object) -> None:
     client.flushall()  # type: ignore[attr-defined]
     spam.follower.sync()
