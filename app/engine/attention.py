@@ -31,7 +31,7 @@ class Segment:
 
 
 def attend(
-    module: nn.Module,  # noqa: ARG001 - transformers' attention interface passes it
+    module: nn.Module | None,  # noqa: ARG001 - transformers' attention interface passes it
     query: Tensor,  # [rows, heads, tokens, head size]
     key: Tensor,
     value: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from app.domain import BackboneSpec
 from app.engine import attention
 from app.engine.attention import Segment
 from app.engine.families import FAMILIES, Context, Family
+from app.engine.layers import FusedLayer
 from app.errors import BackboneError, SettingsError
 
 EMBEDDED = "embedded"
@@ -88,6 +90,12 @@ class Backbone:
         """An empty tensor of the backbone's dtype, on its device."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
+    def bring(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host, on the device; no one waits for the transfer."""
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def embed(self, input_ids: Tensor, token_type_ids: Tensor, offset_positions: Tensor) -> Tensor:
         """All [rows, tokens] → states [rows, tokens, d]. Positions count from 0, each row's offset added already."""
         return self.family.embed(input_ids, token_type_ids, offset_positions + self.family.first_position)
@@ -101,6 +109,39 @@ class Backbone:
         arguments = self.family.layer_arguments(index, context)
         out: Tensor = self.family.layers[index](states, attention_mask=None, segments=segments, **arguments)
         return out
+
+    def serve_layer(
+        self, index: int, states: Tensor, segments: Sequence[Segment], context: Context, only_first: bool = False
+    ) -> Tensor:
+        """What `run_layer` computes, faster and without gradients.
+
+        `only_first`: [rows, 1, d], the first token's alone, where nobody reads the others.
+        """
+        fused = self.fused_layers[index]
+        if fused is not None:
+            return fused(states, segments, only_first)
+        out = self.run_layer(index, states, segments, context)
+        return out[:, :1] if only_first else out
+
+    @cached_property
+    def fused_layers(self) -> list[FusedLayer | None]:
+        """One for each layer; None where the family's layers cannot be fused."""
+        made: dict[int, FusedLayer | None] = {}
+        for layer in self.family.layers:  # one module may stand for several layers
+            if id(layer) not in made:
+                parts = self.family.parts(layer)
+                made[id(layer)] = None if parts is None else FusedLayer(parts, self.spec.num_heads)
+        return [made[id(layer)] for layer in self.family.layers]
+
+    def release_layers(self) -> None:
+        """Keep of each layer only what `serve_layer` needs, so that packed weights do not lie in memory twice.
+
+        `run_layer` fails afterwards.
+        """
+        for layer, fused in zip(self.family.layers, self.fused_layers, strict=True):
+            if fused is not None:
+                for parameter in layer.parameters():
+                    parameter.data = parameter.data.new_empty(0)
 
     def read_states(self, layer: int, states: Tensor) -> Tensor:
         """The states after `layer` layers as readouts see them: behind the final norm where that is the last."""

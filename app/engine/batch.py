@@ -7,11 +7,14 @@ Knows plans and resident versions; holds no tensors, no weights and no requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import groupby
 
-from app.domain import Plan, Readout, Row
+from app.domain import Plan, Readout, ReadoutKind, Row
 from app.engine.prefix_bank import ResidentPrefix, ResidentVersion
+
+_FIRST_TOKEN = frozenset({ReadoutKind.CLS, ReadoutKind.POOLER})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +61,7 @@ class Chunk:
 
     placed: tuple[Placed, ...]
     sources: tuple[tuple[int, slice], ...]
+    only_first: bool = False  # this is their last layer, and of what it makes only the first token's state is read
 
 
 LayerStep = tuple[Chunk, ...]
@@ -116,11 +120,13 @@ def lay_out(works: Sequence[Work], num_layers: int, chunk_tokens: int | None = N
         cohorts.append(_cohort(number, members, start))
         start += len(members)
     blocks = [block for cohort in cohorts for block in cohort.blocks]
+    reads = _reads(cohorts)
+    ends_with_first = _ends_with_first(cohorts, reads)
     return Batch(
         works=tuple(work for members in groups for work in members),
         cohorts=tuple(cohorts),
-        steps=tuple(_steps(blocks, num_layers, chunk_rows if chunk_tokens is not None else None)),
-        reads=_reads(cohorts),
+        steps=tuple(_steps(blocks, num_layers, chunk_rows if chunk_tokens is not None else None, ends_with_first)),
+        reads=reads,
         num_tokens=num_tokens,
     )
 
@@ -143,15 +149,40 @@ def _cohort(number: int, members: Sequence[Work], start: int) -> Cohort:
     return Cohort(first.residents, plans, blocks)
 
 
-def _steps(blocks: Sequence[Block], num_layers: int, chunk_rows: int | None) -> Iterator[LayerStep]:
+def _ends_with_first(cohorts: Sequence[Cohort], reads: Mapping[int, Sequence[Read]]) -> frozenset[Block]:
+    """Blocks of whose last layer only the first token is read, and from whose end nothing forks."""
+    all_tokens = {
+        (layer, read.block)
+        for layer, of_layer in reads.items()
+        for read in of_layer
+        if any(readers.readout.kind not in _FIRST_TOKEN for readers in read.readers)
+    }
+    forks = {
+        (block.row.start_layer, cohort.blocks[0])
+        for cohort in cohorts
+        for block in cohort.blocks
+        if block.row.from_trunk
+    }
+    blocks = (block for cohort in cohorts for block in cohort.blocks)
+    return frozenset(block for block in blocks if (block.row.stop_layer, block) not in all_tokens | forks)
+
+
+def _steps(
+    blocks: Sequence[Block], num_layers: int, chunk_rows: int | None, ends_with_first: Set[Block]
+) -> Iterator[LayerStep]:
     """Blocks of one prefix length stand side by side; a block comes from itself or, where it begins, from its trunk."""
     where: dict[tuple[int, int], tuple[int, slice]] = {}
     for layer in range(num_layers):
         active = [block for block in blocks if block.row.start_layer <= layer < block.row.stop_layer]
         if not active:
             return
-        active.sort(key=lambda block: block.virtual_tokens(layer))
-        step = tuple(Chunk(placed, _sources(placed, where)) for placed in _chunks(active, chunk_rows))
+        ending = {b for b in active if b in ends_with_first and b.row.stop_layer == layer + 1}
+        active.sort(key=lambda block: (block in ending, block.virtual_tokens(layer)))
+        step = tuple(
+            Chunk(placed, _sources(placed, where), only_first)
+            for only_first, alike in groupby(active, ending.__contains__)
+            for placed in _chunks(list(alike), chunk_rows)
+        )
         yield step
         where = {
             (p.block.cohort, p.block.index): (number, slice(p.start, p.stop))

@@ -9,19 +9,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from app.domain import EngineRequest, EngineResult, Plan, TaskOutput
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
-from app.engine.batch import Work, lay_out
-from app.engine.forward import run_batch
-from app.engine.plan import split_plan
+from app.engine.batch import Batch, Work, lay_out
+from app.engine.forward import begin_batch
+from app.engine.plan import make_plan, split_plan
 from app.engine.prefix_bank import PrefixBank
 from app.engine.scheduler import Scheduler
+from app.engine.scoring import Scores
 from app.errors import DeadlineError, EngineError, ManifoldError, UnavailableError, UnservableError
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,16 @@ class _Item:
     num_tokens: int
     num_virtual_tokens: int
     arrived_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Begun:
+    """A batch that the device has been given."""
+
+    shared: list[tuple[Work, list[_Item]]]  # what runs, and for whom
+    batch: Batch
+    scores: Scores
+    started_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,9 @@ class Engine:
         self._scheduler: Scheduler[_Item] = Scheduler(max_batch_tokens, max_batch_rows, max_queue_delay_ms / 1000)
         self._inbox: queue.SimpleQueue[list[_Item] | _Wake] = queue.SimpleQueue()
         self._chunk_tokens = CPU_CHUNK_TOKENS if backbone.device.type == "cpu" else None
+        # While a CUDA device computes, the next batch is laid out. A CPU's own cores would have to do both.
+        self._works_ahead = backbone.device.type != "cpu"
+        self._begun: _Begun | None = None
         self._clock = clock
         self._life = _Life()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -187,6 +201,7 @@ class Engine:
         try:
             while not self._life.closing:
                 self.step()
+            self._finish_begun()
         except BaseException as fault:
             log.critical("the engine's thread died", exc_info=fault)
             with self._life.lock:
@@ -194,17 +209,29 @@ class Engine:
             self._fail_waiting(UnavailableError(self._why_not_alive()))
 
     def step(self) -> None:
-        """Take in what came, choose a batch, run it, answer."""
+        """Take in what came, choose a batch, hand it to the device, answer the one before."""
         self._take_in()
-        if self._is_due():
-            self._answer(self._scheduler.next_batch())
+        begun = None
+        try:
+            if self._is_due():
+                begun = self._begin(self._scheduler.next_batch())
+        finally:
+            self._finish_begun()
+            self._begun = begun
+        if not self._works_ahead:
+            self._finish_begun()
+
+    def _finish_begun(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self._finish(begun)
 
     def _is_due(self) -> bool:
         return self._scheduler.wait_s(self._clock()) == 0.0
 
     def _take_in(self) -> None:
-        """Wait for the inbox only when no batch is due, then empty it."""
-        timeout = self._scheduler.wait_s(self._clock())
+        """Wait for the inbox only when no batch is due or begun, then empty it."""
+        timeout = self._scheduler.wait_s(self._clock()) if self._begun is None else 0.0
         try:
             message = self._inbox.get(block=timeout != 0.0, timeout=timeout)
             while True:
@@ -226,33 +253,32 @@ class Engine:
             ticket.begun_s = now
         return True
 
-    def _answer(self, items: Sequence[_Item]) -> None:
-        try:
-            self._run_and_deliver(items)
-        except Exception:
-            log.exception("a batch of %d texts failed", len(items))
-            for item in items:
-                _fail(item.ticket, EngineError("the batch that this request was in failed; the server's log says why"))
-            return
-        except BaseException:  # the thread ends, and these are in no queue any more
-            for item in items:
-                _fail(item.ticket, UnavailableError("the engine died while it computed this request"))
-            raise
-
-    def _run_and_deliver(self, waiting: Sequence[_Item]) -> None:
-        """Run what is still wanted: cancelled requests are dropped, late ones get DeadlineError."""
-        started = self._clock()
-        items = [item for item in waiting if self._still_wanted(item.ticket, started)]
+    def _begin(self, waiting: Sequence[_Item]) -> _Begun | None:
+        """Hand over what is still wanted: cancelled requests are dropped, late ones get DeadlineError."""
+        started_s = self._clock()
+        items = [item for item in waiting if self._still_wanted(item.ticket, started_s)]
         if not items:
-            return
-        batch = lay_out([item.work for item in items], self.spec.num_layers, self._chunk_tokens)
-        outputs = run_batch(batch, self.backbone)
-        elapsed = self._clock() - started
-        of_work = {id(work): out for work, out in zip(batch.works, outputs, strict=True)}
-        for ticket in {id(item.ticket): item.ticket for item in items}.values():
-            ticket.inference_s += elapsed
-        for item in items:
-            _deliver(item, of_work[id(item.work)])
+            return None
+        begun: _Begun | None = None
+        with _failing(items):
+            shared = _share(items, self.spec.num_layers)
+            batch = lay_out([work for work, _ in shared], self.spec.num_layers, self._chunk_tokens)
+            begun = _Begun(shared, batch, begin_batch(batch, self.backbone), started_s)
+        return begun
+
+    def _finish(self, begun: _Begun) -> None:
+        items = [item for _, members in begun.shared for item in members]
+        with _failing(items):
+            outputs = begun.scores.outputs()
+            elapsed_s = self._clock() - begun.started_s
+            for ticket in {id(item.ticket): item.ticket for item in items}.values():
+                ticket.inference_s += elapsed_s
+            of_work = {id(work): out for work, out in zip(begun.batch.works, outputs, strict=True)}
+            for work, members in begun.shared:
+                digests = (version.digest for version in work.plan.versions)
+                found = dict(zip(digests, of_work[id(work)], strict=True))
+                for item in members:
+                    _deliver(item, found)
 
     def _fail_waiting(self, error: ManifoldError) -> None:
         for item in self._scheduler.drain():
@@ -267,10 +293,43 @@ class Engine:
                     _fail(item.ticket, error)
 
 
-def _deliver(item: _Item, outputs: tuple[TaskOutput, ...]) -> None:
+@contextmanager
+def _failing(items: Sequence[_Item]) -> Iterator[None]:
+    """What breaks inside fails these items' requests, and the thread lives on."""
+    try:
+        yield
+    except Exception:
+        log.exception("a batch of %d texts failed", len(items))
+        for item in items:
+            _fail(item.ticket, EngineError("the batch that this request was in failed; the server's log says why"))
+    except BaseException:  # the thread ends, and these are in no queue any more
+        for item in items:
+            _fail(item.ticket, UnavailableError("the engine died while it computed this request"))
+        raise
+
+
+def _share(items: Sequence[_Item], num_layers: int) -> list[tuple[Work, list[_Item]]]:
+    """What is run, and for whom: items of one text are one work, with one trunk and each version once."""
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Item]] = {}
+    for item in items:
+        encoding = item.work.plan.encoding
+        alike.setdefault((encoding.input_ids, encoding.token_type_ids), []).append(item)
+    return [(_merged(members, num_layers), members) for members in alike.values()]
+
+
+def _merged(members: Sequence[_Item], num_layers: int) -> Work:
+    if len(members) == 1:
+        return members[0].work
+    residents = {r.version.digest: r for item in members for r in item.work.residents}
+    versions = [resident.version for resident in residents.values()]
+    plan = make_plan(members[0].work.plan.encoding, versions, num_layers)
+    return Work(plan, tuple(residents.values()))
+
+
+def _deliver(item: _Item, outputs: Mapping[str, TaskOutput]) -> None:
     ticket = item.ticket
     digests = (version.digest for version in item.work.plan.versions)
-    ticket.outputs[item.plan_index].update(zip(digests, outputs, strict=True))
+    ticket.outputs[item.plan_index].update((digest, outputs[digest]) for digest in digests)
     ticket.missing -= 1
     if ticket.missing:
         return

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from app.engine.layers import LayerParts
+
 Context = dict[str, Any]  # what a family's layers need beside the states, made once for a set of rows
 
 
@@ -51,6 +53,22 @@ class Family:
         """How far a token sees to each side at this layer; None: everything."""
         return None
 
+    def parts(self, layer: Any) -> LayerParts | None:
+        """The modules of one of `layers`; None where it is of another kind than LayerParts describes."""
+        attention, out = layer.attention.self, layer.attention.output
+        return LayerParts(
+            attention.query,
+            attention.key,
+            attention.value,
+            out.dense,
+            out.LayerNorm,
+            layer.intermediate.dense,
+            layer.intermediate.intermediate_act_fn,
+            str(self.config.hidden_act),
+            layer.output.dense,
+            layer.output.LayerNorm,
+        )
+
     def final(self, states: Tensor) -> Tensor:
         return states
 
@@ -87,6 +105,21 @@ class DistilBertFamily(Family):
         states: Tensor = self.model.embeddings(input_ids=input_ids, position_ids=position_ids)
         return states
 
+    def parts(self, layer: Any) -> LayerParts | None:
+        attention, ffn = layer.attention, layer.ffn
+        return LayerParts(
+            attention.q_lin,
+            attention.k_lin,
+            attention.v_lin,
+            attention.out_lin,
+            layer.sa_layer_norm,
+            ffn.lin1,
+            ffn.activation,
+            str(self.config.activation),
+            ffn.lin2,
+            layer.output_layer_norm,
+        )
+
 
 class AlbertFamily(Family):
     """ALBERT: few modules run many times, in groups; a factorised embedding; a pooler of its own form."""
@@ -101,6 +134,21 @@ class AlbertFamily(Family):
         narrow = super().embed(input_ids, token_type_ids, position_ids)
         states: Tensor = self.model.encoder.embedding_hidden_mapping_in(narrow)
         return states
+
+    def parts(self, layer: Any) -> LayerParts | None:
+        attention = layer.attention
+        return LayerParts(
+            attention.query,
+            attention.key,
+            attention.value,
+            attention.dense,
+            attention.LayerNorm,
+            layer.ffn,
+            layer.activation,
+            str(self.config.hidden_act),
+            layer.ffn_output,
+            layer.full_layer_layer_norm,
+        )
 
     def pool(self, states: Tensor) -> Tensor:
         pooled: Tensor = self.model.pooler_activation(self.model.pooler(states[:, 0]))
@@ -120,6 +168,9 @@ class ModernBertFamily(Family):
     def context(self, states: Tensor, position_ids: Tensor) -> Context:
         kinds = set(self.config.layer_types)
         return {kind: self.model.rotary_emb(states, position_ids, kind) for kind in kinds}
+
+    def parts(self, layer: Any) -> LayerParts | None:  # noqa: ARG002 - norms in front, rotary positions, gated products
+        return None
 
     def layer_arguments(self, index: int, context: Context) -> Context:
         return {"position_embeddings": context[self.config.layer_types[index]]}

@@ -18,13 +18,18 @@ from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers
 from app.engine.families import Context
 from app.engine.heads import pool_tokens
-from app.engine.scoring import Pieces, outputs_of
+from app.engine.scoring import Pieces, Scores, score
+
+
+def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
+    """The outputs of each work of `batch.works`, in the order of its plan's versions."""
+    return begin_batch(batch, backbone).outputs()
 
 
 @torch.inference_mode()
-def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
-    """The outputs of each work of `batch.works`, in the order of its plan's versions."""
-    return outputs_of(batch, run_layers(batch, backbone))
+def begin_batch(batch: Batch, backbone: Backbone) -> Scores:
+    """Hand a batch to the device: a CPU has computed it on return, a CUDA device computes while others are prepared."""
+    return score(batch, run_layers(batch, backbone))
 
 
 def run_layers(batch: Batch, backbone: Backbone) -> Pieces:
@@ -34,7 +39,9 @@ def run_layers(batch: Batch, backbone: Backbone) -> Pieces:
     for layer, step in enumerate(batch.steps):
         states = [inputs.embed(c) if layer == 0 else _gather(states, c) for c in step]
         states = [
-            backbone.run_layer(layer, rows, inputs.segments(layer, chunk), inputs.context(chunk, rows))
+            backbone.serve_layer(
+                layer, rows, inputs.segments(layer, chunk), inputs.context(layer, chunk, rows), chunk.only_first
+            )
             for rows, chunk in zip(states, step, strict=True)
         ]
         if layer + 1 in batch.reads:
@@ -66,15 +73,18 @@ class _Inputs:
         types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings])
         lengths = torch.tensor([len(e) for e in encodings])
         mask = None if bool((lengths == width).all()) else torch.arange(width) < lengths.unsqueeze(1)
-        device = backbone.device
-        return cls(backbone, ids.to(device), types.to(device), None if mask is None else mask.to(device), {}, {})
+        return cls(
+            backbone, backbone.bring(ids), backbone.bring(types), None if mask is None else backbone.bring(mask), {}, {}
+        )
 
     def embed(self, chunk: Chunk) -> Tensor:
         ids = torch.cat([self.input_ids[p.block.plans] for p in chunk.placed])
         types = torch.cat([self.token_type_ids[p.block.plans] for p in chunk.placed])
         return self.backbone.embed(ids, types, self._positions(chunk))
 
-    def context(self, chunk: Chunk, states: Tensor) -> Context:
+    def context(self, layer: int, chunk: Chunk, states: Tensor) -> Context:
+        if self.backbone.fused_layers[layer] is not None:
+            return {}
         layout = _layout(chunk.placed)
         if layout not in self.contexts:
             self.contexts[layout] = self.backbone.context(states, self._positions(chunk))

@@ -26,25 +26,42 @@ _NOT_FINITE = TaskOutput(error="its scores are not finite")
 _BROKEN = TaskOutput(error="it failed while computing; the server's log says why")
 
 
-def outputs_of(batch: Batch, pieces: Pieces) -> list[tuple[TaskOutput, ...]]:
-    """The outputs of each work of `batch.works`, in the order of its plan's versions.
+def score(batch: Batch, pieces: Pieces) -> Scores:
+    """The scores of all readers, on their way to the host in one transfer. Heads of one shape are computed together."""
+    return Scores(batch, [part for readers, found in pieces.items() for part in _scored(readers, found)])
 
-    Heads of one shape are computed together, and all scores leave the device in one transfer.
-    """
-    scored = [part for readers, found in pieces.items() for part in _scored(readers, found)]
-    values, all_finite = _to_host([part.scores for part in scored])
-    columns: dict[tuple[int, int], list[TaskOutput]] = {}  # (cohort, version) → an output for each of its texts
-    for part, of_versions in zip(scored, values, strict=True):
-        lengths = [len(work.plan.encoding) for work in batch.works[batch.cohorts[part.cohort].plans]]
-        cut = _token_output if part.is_token else _output
-        for version, rows in zip(part.versions, of_versions, strict=True):
-            columns[part.cohort, version] = [cut(*row, all_finite) for row in zip(rows, lengths, strict=True)]
-    outputs: list[tuple[TaskOutput, ...]] = []
-    for number, cohort in enumerate(batch.cohorts):
-        broken = [_BROKEN] * len(batch.works[cohort.plans])
-        of_texts = zip(*(columns.get((number, i), broken) for i in range(len(cohort.residents))), strict=True)
-        outputs.extend(of_texts)
-    return outputs
+
+class Scores:
+    """What a batch found. On a CUDA device it may be on its way still; `outputs` waits for it."""
+
+    def __init__(self, batch: Batch, scored: Sequence[_Scored]) -> None:
+        self._batch = batch
+        self._scored = scored
+        self._flat, self._arrived = _to_host([part.scores for part in scored])
+
+    def outputs(self) -> list[tuple[TaskOutput, ...]]:
+        """The outputs of each work of `batch.works`, in the order of its plan's versions."""
+        columns = self._columns()
+        outputs: list[tuple[TaskOutput, ...]] = []
+        for number, cohort in enumerate(self._batch.cohorts):
+            broken = [_BROKEN] * len(self._batch.works[cohort.plans])
+            of_texts = zip(*(columns.get((number, i), broken) for i in range(len(cohort.residents))), strict=True)
+            outputs.extend(of_texts)
+        return outputs
+
+    def _columns(self) -> dict[tuple[int, int], list[TaskOutput]]:
+        """(cohort, version) → an output for each of its texts."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values, all_finite = _nested(self._flat, [part.scores for part in self._scored])
+        columns: dict[tuple[int, int], list[TaskOutput]] = {}
+        for part, of_versions in zip(self._scored, values, strict=True):
+            works = self._batch.works[self._batch.cohorts[part.cohort].plans]
+            lengths = [len(work.plan.encoding) for work in works]
+            cut = _token_output if part.is_token else _output
+            for version, rows in zip(part.versions, of_versions, strict=True):
+                columns[part.cohort, version] = [cut(*row, all_finite) for row in zip(rows, lengths, strict=True)]
+        return columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,11 +114,19 @@ def _score_tokens(readers: Readers, position: int, features: Tensor) -> _Scored:
     return _Scored(readers.cohort, (readers.versions[position],), both.unsqueeze(0), is_token=True)
 
 
-def _to_host(scores: Sequence[Tensor]) -> tuple[list[Any], bool]:
+def _to_host(scores: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
+    """All numbers in one tensor on the host, and what says that they are there (None: they are)."""
+    flat = torch.cat([tensor.flatten() for tensor in scores]) if scores else torch.empty(0)
+    if flat.device.type == "cpu":
+        return flat, None
+    host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived.record()
+    return host, arrived
+
+
+def _nested(flat: Tensor, scores: Sequence[Tensor]) -> tuple[list[Any], bool]:
     """The tensors as nested lists, and whether all their numbers are finite."""
-    if not scores:
-        return [], True
-    flat = torch.cat([tensor.flatten() for tensor in scores]).cpu()
     parts = torch.split(flat, [tensor.numel() for tensor in scores])
     nested = [part.view(tensor.shape).tolist() for part, tensor in zip(parts, scores, strict=True)]
     return nested, bool(flat.isfinite().all())

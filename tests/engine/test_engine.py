@@ -33,13 +33,20 @@ def _request(engine: Engine, *versions: TaskVersion, deadline_s: float | None = 
     return EngineRequest((make_plan(random_encoding(9, seed), versions, engine.spec.num_layers),), deadline_s)
 
 
+def _wait_until(condition: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.001)
+
+
 class _Gate:
     """Holds the engine's thread inside a batch until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self._open = threading.Event(), threading.Event()
         self.batches: list[int] = []
-        real = engine_module.run_batch
+        real = engine_module.begin_batch
 
         def held(batch, backbone):  # type: ignore[no-untyped-def]
             self.batches.append(len(batch.works))
@@ -47,7 +54,7 @@ class _Gate:
             assert self._open.wait(30)
             return real(batch, backbone)
 
-        monkeypatch.setattr(engine_module, "run_batch", held)
+        monkeypatch.setattr(engine_module, "begin_batch", held)
 
     def open(self) -> None:
         self._open.set()
@@ -97,7 +104,7 @@ def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "run_batch", explode)
+        patch.setattr(engine_module, "begin_batch", explode)
         with pytest.raises(EngineError, match="batch that this request was in failed"):
             engine.submit(_request(engine, version)).result(timeout=10)
     assert engine.alive
@@ -113,7 +120,7 @@ def test_when_the_thread_dies_in_a_batch_its_requests_are_told(
     def die(batch, backbone):  # type: ignore[no-untyped-def]
         raise SystemExit("device lost")
 
-    monkeypatch.setattr(engine_module, "run_batch", die)
+    monkeypatch.setattr(engine_module, "begin_batch", die)
     with pytest.raises(UnavailableError, match="died while it computed"):
         engine.submit(_request(engine, version)).result(timeout=10)
 
@@ -240,6 +247,7 @@ def test_a_version_unloaded_in_flight_still_answers_those_who_came_before(
     gate.open()
     first.result(timeout=10)
     assert queued.result(timeout=10).outputs == expected
+    _wait_until(lambda: len(engine.bank) == 0)  # the thread that answered lets go a moment later
     with pytest.raises(NotFoundError):
         engine.submit(_request(engine, version))
 
@@ -266,7 +274,7 @@ def test_many_threads_may_submit_load_and_unload_at_once(make_engine: MakeEngine
     for thread in threads:
         thread.join(60)
     assert not faults
-    assert len(engine.bank) == 1
+    _wait_until(lambda: len(engine.bank) == 1)
 
 
 def test_versions_with_the_same_prefix_share_its_vectors(make_engine: MakeEngine) -> None:
@@ -289,3 +297,47 @@ def test_bfloat16_stays_near_float32(make_engine: MakeEngine) -> None:
     ((a,),), ((b,),) = (run(e, (random_encoding(15, 1), [version])) for e in (exact, rough))
     rough.close()
     assert torch.tensor(a.scores).sub(torch.tensor(b.scores)).abs().max() < 5e-2
+
+
+def test_requests_for_one_text_share_its_trunk(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    one, other = _load(engine, "one", 1), _load(engine, "other", 2, prefixes=[(2, 2)])
+    asked = ([one], [other], [other, one])
+    alone = [engine.submit(_request(engine, *versions)).result(timeout=10).outputs[0] for versions in asked]
+    gate = _Gate(monkeypatch)
+    blocker = engine.submit(_request(engine, one, seed=1))
+    assert gate.entered.wait(10)
+    futures = [engine.submit(_request(engine, *versions)) for versions in asked]
+    futures.append(engine.submit(_request(engine, one, seed=2)))
+    gate.open()
+    blocker.result(timeout=10)
+    results = [future.result(timeout=10) for future in futures]
+    assert gate.batches == [1, 2]
+    for result, expected in zip(results, alone, strict=False):
+        for found, before in zip(result.outputs[0], expected, strict=True):
+            assert_close(found.scores, before.scores)
+    assert results[0].passes == 1 and results[3].outputs[0][0].scores != results[0].outputs[0][0].scores
+
+
+def test_while_a_device_computes_the_next_batch_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_backbone("bert"), max_batch_rows=1)
+    version = _load(engine, "task")
+    engine._works_ahead = True
+    order: list[str] = []
+    begin, finish = engine._begin, engine._finish
+
+    def note(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        return lambda *arguments: (order.append(name), call(*arguments))[1]
+
+    gate = _Gate(monkeypatch)
+    monkeypatch.setattr(engine, "_begin", note("begin", begin))
+    monkeypatch.setattr(engine, "_finish", note("finish", finish))
+    engine.start()
+    try:
+        futures = [engine.submit(_request(engine, version, seed=seed)) for seed in range(3)]
+        gate.open()
+        outputs = [future.result(timeout=10).outputs[0][0] for future in futures]
+        assert order == ["begin", "begin", "finish", "begin", "finish", "finish"]
+        assert all(output.error is None for output in outputs)
+    finally:
+        engine.close()
