@@ -153,7 +153,8 @@ def _run(
         first, states = begin[0], states_at(begin[1], batch).to(device, backbone.dtype)
     yield first, states
     layers = range(first, plan.num_layers)
-    yield from run_layers(backbone, states, batch.mask.to(device), layers, plan.prefixes, plan.position_offset)
+    mask = batch.mask.to(device)
+    yield from run_layers(backbone, states, mask, layers, plan.prefixes, plan.position_offset, frozen=True)
 
 
 def _embedded(backbone: Backbone, encodings: Sequence[Encoding], width: int, position_offset: int) -> Tensor:

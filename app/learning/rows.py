@@ -49,12 +49,15 @@ def run_layers(
     layers: range,
     prefixes: Sequence[LayerPrefix] = (),
     position_offset: int = 0,
+    *,
+    frozen: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(number of layers passed, states) behind each of `layers`."""
+    """(number of layers passed, states) behind each of `layers`. `frozen`: as they are served, without gradients."""
     context = backbone.context(states, positions(backbone, mask, position_offset))
+    run = backbone.serve_layer if frozen else backbone.run_layer
     for layer in layers:
         segment = _segment(backbone, layer, mask, prefixes)
-        states = backbone.run_layer(layer, states, [segment], context)
+        states = run(layer, states, [segment], context)
         yield layer + 1, states
 
 

@@ -127,8 +127,8 @@ def test_a_layer_that_is_asked_for_later_is_computed_from_the_one_below(
     path = samples.write_rows(tmp_path / "train.tsv", ("text", "label"), rows)
     study = Study(Tables.read(Files(path, path), None), backbone, TextTokenizer(backbone.path), Quiet())
     run: list[int] = []
-    layer = backbone.run_layer
-    monkeypatch.setattr(backbone, "run_layer", lambda index, *rest: run.append(index) or layer(index, *rest))
+    layer = backbone.serve_layer
+    monkeypatch.setattr(backbone, "serve_layer", lambda index, *rest: run.append(index) or layer(index, *rest))
     study.split(CachePlan((2,)), "train")
     study.split(CachePlan((2, 3)), "train")
     assert sorted(set(run)) == [0, 1, 2] and run.count(2) == run.count(0)
