@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -23,8 +22,6 @@ from app.errors import BackboneError, SettingsError
 
 EMBEDDED = "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX (malloc.h), the first at its largest
-_MALLOC_OPTIONS = ((-3, 32 * 2**20), (-1, 2**30), (-2, 64 * 2**20), (-8, 1))
 
 
 class Backbone:
@@ -113,12 +110,13 @@ class Backbone:
     def serve_layer(
         self, index: int, states: Tensor, segments: Sequence[Segment], context: Context, only_first: bool = False
     ) -> Tensor:
-        """What `run_layer` computes, faster and without gradients.
+        """What `run_layer` computes, faster and without gradients. Where another attention function is in force (one
+        that watches, as learning sets), it is `run_layer` itself: fused layers would pass that function by.
 
         `only_first`: [rows, 1, d], the first token's alone, where nobody reads the others.
         """
         fused = self.fused_layers[index]
-        if fused is not None:
+        if fused is not None and self.family.config._attn_implementation == attention.NAME:
             return fused(states, segments, only_first)
         out = self.run_layer(index, states, segments, context)
         return out[:, :1] if only_first else out
@@ -171,18 +169,6 @@ def set_threads(count: int | None) -> int:
     if count is not None:
         torch.set_num_threads(count)
     return torch.get_num_threads()
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep what is freed for the next layer, instead of asking the kernel for fresh pages every time.
-
-    A forward makes and frees megabytes at each step; without this, page faults take up to a tenth of it on a CPU.
-    Elsewhere than glibc nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in _MALLOC_OPTIONS:
-            mallopt(option, value)
 
 
 def cpu_has_bf16() -> bool:
