@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.engine.attention import Segment, attend
+from app.engine.host_memory import Kernels
 
 _GELUS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # transformers' names → torch's
 
@@ -101,18 +102,24 @@ class _PackedProduct(_Product):
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
+        self._kind = (tuple(weight.shape), weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return out
+        return self._run(x, _pointwise, self._weight, self._bias, "none", [], "")
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "gelu", [], approximate)
-        return out
+        return self._run(x, _pointwise, self._weight, self._bias, "gelu", [], approximate)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._weight, self._bias, "add")
-        return out
+        return self._run(x, _pointwise.binary, residual, self._weight, self._bias, "add")
+
+    def _run(self, x: Tensor, operator: Callable[..., Tensor], *arguments: object) -> Tensor:
+        _kernels.use((operator, self._kind, x.shape[:-1].numel()))
+        return operator(x, *arguments)
+
+
+_pointwise = torch.ops.mkldnn._linear_pointwise
+_kernels = Kernels()
 
 
 def _product(weight: Tensor, bias: Tensor) -> _Product:

@@ -40,21 +40,39 @@ class TextTokenizer:
 
         Raises TokenizationError naming the input that is too long (unless `truncate`) or has no token to read.
         """
-        rust = self._plain.encode_batch([_pieces(text) for text in inputs])
         encodings = []
-        for index, (text, limit, encoded) in enumerate(zip(inputs, limits, rust, strict=True)):
-            too_long = len(encoded.ids) > limit
-            if too_long and not truncate:
-                raise TokenizationError(
-                    f"input {index} has {len(encoded.ids)} tokens and the limit is {limit}: "
-                    'shorten it, or send "truncate": true to read its beginning'
-                )
-            if too_long:
-                encoded = self._truncator(limit).encode(*_arguments(text))
-            if len(encoded.ids) <= self._special_tokens[text.text_pair is not None]:
-                raise TokenizationError(f"input {index} has nothing that the model can read")
-            encodings.append(_to_domain(encoded, too_long))
+        for index, found in enumerate(self.encode_each(inputs, limits, [truncate] * len(inputs))):
+            if isinstance(found, str):
+                raise TokenizationError(f"input {index} {found}")
+            encodings.append(found)
         return encodings
+
+    def encode_each(
+        self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: Sequence[bool], has_offsets: bool = True
+    ) -> list[Encoding | str]:
+        """An encoding for each input, or what is wrong with it, to follow "input n": no input fails for another.
+
+        Without offsets there are no word ids either, and it takes a fifth less time.
+        """
+        encode_batch = self._plain.encode_batch if has_offsets else self._plain.encode_batch_fast
+        rust = encode_batch([_pieces(text) for text in inputs])
+        asked = zip(inputs, limits, truncate, rust, strict=True)
+        return [self._within(text, limit, cut, encoded, has_offsets) for text, limit, cut, encoded in asked]
+
+    def _within(
+        self, text: TextInput, limit: int, truncate: bool, encoded: RustEncoding, has_offsets: bool
+    ) -> Encoding | str:
+        too_long = len(encoded) > limit
+        if too_long and not truncate:
+            return (
+                f"has {len(encoded)} tokens and the limit is {limit}: "
+                'shorten it, or send "truncate": true to read its beginning'
+            )
+        if too_long:
+            encoded = self._truncator(limit).encode(text.text, text.text_pair)
+        if len(encoded) <= self._special_tokens[text.text_pair is not None]:
+            return "has nothing that the model can read"
+        return _to_domain(encoded, too_long, has_offsets)
 
     def _count_special(self, is_pair: bool) -> int:
         return int(self._plain.num_special_tokens_to_add(is_pair))
@@ -75,15 +93,11 @@ def _pieces(text: TextInput) -> str | tuple[str, str]:
     return text.text if text.text_pair is None else (text.text, text.text_pair)
 
 
-def _arguments(text: TextInput) -> tuple[str, str | None]:
-    return text.text, text.text_pair
-
-
-def _to_domain(encoded: RustEncoding, truncated: bool) -> Encoding:
+def _to_domain(encoded: RustEncoding, truncated: bool, has_offsets: bool) -> Encoding:
     return Encoding(
         input_ids=tuple(encoded.ids),
         token_type_ids=tuple(encoded.type_ids),
-        offsets=tuple(encoded.offsets),
-        word_ids=tuple(encoded.word_ids),
+        offsets=tuple(encoded.offsets) if has_offsets else (),
+        word_ids=tuple(encoded.word_ids) if has_offsets else (),
         truncated=truncated,
     )

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from app.engine.backbone import EMBEDDED, Backbone, keep_freed_memory, set_threads
+from app.engine.backbone import EMBEDDED, Backbone, set_threads
+from app.engine.host_memory import keep_freed_memory
 from app.errors import ManifoldError
 from app.learning.trainer import Epoch
 
