@@ -10,13 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from app.client import audit, comparison, control, index, inference, keys, publish, releases
 from app.client.http import MisuseError, Server, add_server_options, settings_of
+from app.client.setting_options import add_setting_options, given_settings
 from app.client.tables import printable
-from app.config import Settings, env_name, option_name
+from app.config import Settings
 from app.errors import ManifoldError
 
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
@@ -31,9 +31,12 @@ _CLIENTS = (inference, publish, control, comparison, releases, audit, keys, inde
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, 1 where it failed, 2 where it was called wrongly."""
+    """Runs one command and returns the exit status: 0, 1 where it failed, 2 where it was called wrongly.
+
+    `predict --file` returns 3 where some of the rows could not be answered.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(arguments[0] if arguments else "").parse_args(arguments)
+    options = _parser(arguments).parse_args(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -48,15 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser(wanted: str) -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("manifold", description="One text in, every prediction out.")
+    parser.set_defaults(arguments=arguments, open_runtime=_open_runtime)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="run the server", formatter_class=_WideHelp))
     for clients in _CLIENTS:
         clients.add_commands(commands)
     for name, (module, told) in _LEARNING.items():
         command = commands.add_parser(name, help=told)
-        if name == wanted:  # the others would only make it start slowly
+        if arguments[:1] == [name]:  # the others would only make it start slowly
             _add_learning(command, name, module)
     return parser
 
@@ -71,38 +75,22 @@ class _WideHelp(argparse.HelpFormatter):
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = "Runs the server. Each option can also be an environment variable, or a line in .env."
-    for name, field in Settings.model_fields.items():
-        if name != "key":  # the clients' own
-            _add_setting(parser, name, field)
+    add_setting_options(parser, [name for name in Settings.model_fields if name != "key"])  # key is the clients' own
     parser.set_defaults(run=_serve)
 
 
-def _add_setting(parser: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
-    told = f"{field.description} [{env_name(name)}; default {_default(field.default)}]".replace("%", "%%")
-    if field.annotation is bool:
-        parser.add_argument(option_name(name), action=argparse.BooleanOptionalAction, help=told)
-    else:
-        parser.add_argument(option_name(name), metavar=name.rpartition("_")[2].upper(), help=told)
-
-
-def _default(value: object) -> str:
-    match value:
-        case None | ():
-            return "unset"
-        case bool():
-            return str(value).lower()
-        case float():
-            return f"{value:g}"
-        case _:
-            return str(value)
-
-
 def _serve(options: argparse.Namespace) -> int:
-    given = {name: value for name in Settings.model_fields if (value := getattr(options, name, None)) is not None}
-    settings = settings_of(given)
+    settings = settings_of(given_settings(options))
     from app.main import serve
 
     return serve(settings)
+
+
+def _open_runtime(settings: Settings) -> Any:
+    """For the command that can do without a server."""
+    from app.main import open_runtime
+
+    return open_runtime(settings)
 
 
 def _add_learning(parser: argparse.ArgumentParser, name: str, module: str) -> None:

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     max_client_batch_size: int = Field(32, ge=1, description="inputs of one request; more are answered 413")
     payload_limit_bytes: int = Field(2_000_000, ge=1, description="bytes of one body; more are answered 413")
     deadline_ms: float = Field(30_000.0, gt=0, description="time for one request; past it the answer is 504")
+    answer_cache_bytes: int = Field(
+        64_000_000, ge=0, description="bytes of answers kept in memory: a text seen before costs no pass; 0 keeps none"
+    )
     tokenization_workers: int = Field(2, ge=1, le=256, description="threads that tokenize")
     threads: int | None = Field(None, ge=1, le=4096, description="threads of one operator on CPU; unset leaves torch's")
 

@@ -93,6 +93,13 @@ class Metrics:
         self._rollbacks = counter(
             "manifold_rollbacks_total", "Returns to an earlier champion or to it alone, by cause.", ("task", "cause")
         )
+        self._cache_hits = counter("manifold_answer_cache_hits_total", "Answers for a text that were in the cache.")
+        self._cache_misses = counter(
+            "manifold_answer_cache_misses_total", "Answers for a text that were not in the cache, and were computed."
+        )
+        self._cache_bytes = Gauge(
+            "manifold_answer_cache_bytes", "Memory that the cached answers take.", registry=self._registry
+        )
 
     def answered(self, route: str, code: int) -> None:
         """`route` is the template (`/v1/tasks/{task}`), never the path that was asked for."""
@@ -100,6 +107,12 @@ class Metrics:
 
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
+
+    def looked_up(self, hits: int, misses: int, cache_bytes: int) -> None:
+        """Answers that one request found in the cache, those that it had to compute, and what the cache holds now."""
+        self._cache_hits.inc(hits)
+        self._cache_misses.inc(misses)
+        self._cache_bytes.set(cache_bytes)
 
     def disagreed(self, task: str, count: int = 1) -> None:
         self._disagreements.labels(task).inc(count)

@@ -24,7 +24,7 @@ from app.domain import (
     TaskVersion,
     TextInput,
 )
-from app.errors import TokenizationError, UnavailableError
+from app.errors import UnavailableError
 from app.rollout import SLOTS, Challenger, IndexView, Segment, State, TaskRecord, Traffic, VersionRecord
 from app.service.access import Access
 from app.service.admission import Admission
@@ -128,24 +128,28 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.threads: set[str] = set()  # names of those that it ran in
+        self.calls: list[list[str]] = []  # the texts of each
 
-    def encode(self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: bool) -> list[Encoding]:
+    def encode_each(
+        self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: Sequence[bool], has_offsets: bool
+    ) -> list[Encoding | str]:
         self.threads.add(threading.current_thread().name)
-        pairs = enumerate(zip(inputs, limits, strict=True))
-        return [self._encode(index, text, limit, truncate) for index, (text, limit) in pairs]
+        self.calls.append([text.text for text in inputs])
+        asked = zip(inputs, limits, truncate, strict=True)
+        return [self._encode(text, limit, cut, has_offsets) for text, limit, cut in asked]
 
-    def _encode(self, index: int, text: TextInput, limit: int, truncate: bool) -> Encoding:
+    def _encode(self, text: TextInput, limit: int, truncate: bool, has_offsets: bool) -> Encoding | str:
         words = _words(text.text) + _words(text.text_pair or "")
         if not words:
-            raise TokenizationError(f"input {index} has nothing that the model can read")
+            return "has nothing that the model can read"
         if len(words) + 2 > limit and not truncate:
-            raise TokenizationError(f"input {index} has {len(words) + 2} tokens and the limit is {limit}")
+            return f"has {len(words) + 2} tokens and the limit is {limit}"
         kept = words[: limit - 2]
         return Encoding(
             input_ids=(1, *(10 + i for i in range(len(kept))), 2),
             token_type_ids=(0,) * (len(kept) + 2),
-            offsets=((0, 0), *kept, (0, 0)),
-            word_ids=(None, *range(len(kept)), None),
+            offsets=((0, 0), *kept, (0, 0)) if has_offsets else (),
+            word_ids=(None, *range(len(kept)), None) if has_offsets else (),
             truncated=len(kept) < len(words),
         )
 
@@ -258,7 +262,7 @@ def make_runtime(
     observer: FakeObserver | None = None,
 ) -> Runtime:
     engine = engine if engine is not None else FakeEngine()
-    admission = Admission(settings.max_concurrent_requests)
+    admission, metrics = Admission(settings.max_concurrent_requests), Metrics()
     catalog = Catalog(snapshot or make_snapshot(), SPEC.num_layers)
     workers = ThreadPoolExecutor(settings.tokenization_workers, thread_name_prefix="tokenizer")
     inference = InferenceService(
@@ -267,10 +271,10 @@ def make_runtime(
         lambda: catalog.snapshot,
         workers,
         admission,
-        Limits(settings.max_client_batch_size, settings.deadline_ms),
+        Limits(settings.max_client_batch_size, settings.deadline_ms, settings.answer_cache_bytes),
         FakePins(),
         observer or FakeObserver(),
-        Metrics(),
+        metrics,
     )
 
     rollout = FakeRollout(catalog)
@@ -290,7 +294,7 @@ def make_runtime(
         admission,
         rollout,
         access,
-        Metrics(),
+        metrics,
         lambda: IndexHealth(up=True),
         lambda: None,
         close,

@@ -87,6 +87,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.built({"version": "0.1.0", "model": "all-MiniLM-L6-v2"})
     metrics.answered("/v1/predict", 200)
     metrics.predicted("spam", 3, "champion", "ok", 2)
+    metrics.looked_up(4, 5, 6_000)
     metrics.disagreed("spam", 3)
     metrics.rolled_back("spam", "gate")
     metrics.loaded(0.02)
@@ -103,6 +104,9 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_build_info{model=all-MiniLM-L6-v2,version=0.1.0}": 1.0,
         "manifold_requests_total{code=200,route=/v1/predict}": 1.0,
         "manifold_predictions_total{arm=champion,outcome=ok,task=spam,version=3}": 2.0,
+        "manifold_answer_cache_hits_total": 4.0,
+        "manifold_answer_cache_misses_total": 5.0,
+        "manifold_answer_cache_bytes": 6000.0,
         "manifold_arm_disagreement_total{task=spam}": 3.0,
         "manifold_rollbacks_total{cause=gate,task=spam}": 1.0,
         "manifold_prefix_load_duration_seconds_count": 1.0,

@@ -11,7 +11,6 @@ from fastapi.security import HTTPBearer
 from app.domain import Snapshot
 from app.errors import MalformedError
 from app.rollout import Principal, Role
-from app.service.inference import InferenceService
 from app.service.ports import RolloutPort
 from app.service.runtime import Runtime
 
@@ -25,11 +24,6 @@ async def _runtime(request: Request) -> Runtime:
     return runtime
 
 
-async def _inference(request: Request) -> InferenceService:
-    runtime: Runtime = request.state.runtime
-    return runtime.inference
-
-
 async def _rollout(request: Request) -> RolloutPort:
     runtime: Runtime = request.state.runtime
     return runtime.rollout
@@ -38,11 +32,6 @@ async def _rollout(request: Request) -> RolloutPort:
 async def _snapshot(request: Request) -> Snapshot:
     runtime: Runtime = request.state.runtime
     return runtime.catalog.snapshot
-
-
-async def _request_id(request: Request) -> str:
-    request_id: str = request.state.request_id
-    return request_id
 
 
 def requires(role: Role) -> Any:
@@ -72,13 +61,10 @@ async def _if_match(
 
 
 CurrentRuntime = Annotated[Runtime, Depends(_runtime)]
-Inference = Annotated[InferenceService, Depends(_inference)]
 Rollout = Annotated[RolloutPort, Depends(_rollout)]
 CurrentSnapshot = Annotated[Snapshot, Depends(_snapshot)]
-RequestId = Annotated[str, Depends(_request_id)]
 
 keyed = [Security(_bearer)]  # dependencies of a router whose endpoints want any key at all
-Caller = Annotated[Principal, requires(Role.PREDICT)]
 Publisher = Annotated[Principal, requires(Role.PUBLISH)]
 Approver = Annotated[Principal, requires(Role.APPROVE)]
 Operator = Annotated[Principal, requires(Role.OPERATE)]

@@ -6,14 +6,14 @@ import base64
 from typing import Literal
 
 import numpy as np
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from app.api.dependencies import Inference, keyed, requires
+from app.api.dependencies import keyed, requires
 from app.api.errors import guarded_responses
 from app.api.schemas import EmbeddingsRequest, EmbeddingsResponse
 from app.api.wire import JsonRoute, json_response
 from app.rollout import Role
-from app.service.inference import Embeddings
+from app.service.inference import Embeddings, InferenceService
 
 router = APIRouter(prefix="/v1", tags=["inference"], route_class=JsonRoute, dependencies=keyed)
 
@@ -24,8 +24,9 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=JsonRoute, depe
     dependencies=[requires(Role.PREDICT)],
     responses=guarded_responses(400, 404, 413, 422, 503, 504),
 )
-async def embed(body: EmbeddingsRequest, inference: Inference) -> Response:
+async def embed(body: EmbeddingsRequest, request: Request) -> Response:
     """A vector of length 1 for each text, in OpenAI's shape: their clients work against it."""
+    inference: InferenceService = request.state.runtime.inference
     embeddings = await inference.embed(body.texts(), body.model, body.truncate, body.dimensions)
     tokens = embeddings.usage.tokens
     answer = {

@@ -1,30 +1,32 @@
 """What every request passes, as plain ASGI: id, time, an answer to any error, a key, a bounded body.
 
-Knows nothing of endpoints, but which paths are free and which one takes artifacts.
+Knows nothing of endpoints, but which paths are free, which one takes artifacts and which ones take a permit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
+from functools import lru_cache
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
 from app.config import is_loopback
 from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
 from app.rollout import Role
-from app.service.access import EVERYBODY, Access
+from app.service.access import EVERYBODY
+from app.service.runtime import Runtime
 from app.telemetry import Metrics
 
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
 _FREE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})
+_PERMITTED = frozenset({"/v1/predict", "/v1/embeddings"})
 _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 
 
@@ -38,7 +40,7 @@ class Border:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         began_s = time.monotonic()
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        request_id = _request_id(header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         has_begun = False
 
@@ -47,9 +49,9 @@ class Border:
             if message["type"] == "http.response.start":
                 has_begun = True
                 _count(scope, message["status"])
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["x-total-time"] = milliseconds(time.monotonic() - began_s)
+                total = milliseconds(time.monotonic() - began_s)
+                stamps = (b"x-request-id", request_id.encode()), (b"x-total-time", total.encode())
+                message = {**message, "headers": [*message["headers"], *stamps]}
             await send(message)
 
         try:
@@ -62,7 +64,11 @@ class Border:
 
 
 class Gatekeeper:
-    """Asks for a key before anything of the body is read, and leaves the principal in the request's state."""
+    """Asks for a key before anything of the body is read, and leaves the principal in the request's state.
+
+    Where no permit is free the answer is 429 without reading the body; the permit itself is taken once the body is
+    here, so that slow senders hold none.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -70,15 +76,16 @@ class Gatekeeper:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _FREE:
             return await self.app(scope, receive, send)
-        access: Access = scope["state"]["runtime"].access
-        principal = scope["state"]["principal"] = access.authenticate(
-            Headers(scope=scope).get("authorization"), _client(scope)
-        )
+        runtime: Runtime = scope["state"]["runtime"]
+        access = runtime.access
+        principal = scope["state"]["principal"] = access.authenticate(header(scope, b"authorization"), _client(scope))
         try:
             if principal is EVERYBODY and scope["method"] != "GET":
                 _check_browser(scope)
             if _takes_artifact(scope):  # large bodies are read only of those whose artifacts are taken
                 access.require(principal, Role.PUBLISH)
+            if scope["path"] in _PERMITTED and scope["method"] == "POST":
+                runtime.admission.check()
             await self.app(scope, receive, send)
         except ForbiddenError as error:
             access.refused(principal, asked(scope), str(error))
@@ -92,9 +99,9 @@ def _client(scope: Scope) -> str:
 
 def _check_browser(scope: Scope) -> None:
     """Where no key is asked for, any page that a browser on this machine shows could change what is live."""
-    headers, settings = Headers(scope=scope), scope["state"]["runtime"].settings
-    origin, host = headers.get("origin"), headers.get("host", "")
-    if is_loopback(settings.host) and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    settings = scope["state"]["runtime"].settings
+    origin, host = header(scope, b"origin"), header(scope, b"host") or ""
+    if _is_loopback(settings.host) and not _is_here(host):
         raise ForbiddenError(
             f"{host[:200]} is not a name of this machine: without keys, ask http://{settings.host} itself"
         )
@@ -102,8 +109,23 @@ def _check_browser(scope: Scope) -> None:
         raise ForbiddenError("pages of other origins may not ask this server: name theirs in cors_allow_origins")
 
 
+_is_loopback = lru_cache(maxsize=256)(is_loopback)
+
+
+@lru_cache(maxsize=256)
+def _is_here(host: str) -> bool:
+    """Whether the value of a host header is a name of this machine."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
+
+
 class Body:
-    """Reads the body up to a limit before the app runs; while the app runs, cancels it when the client goes."""
+    """Reads the body up to a limit before the app runs, and leaves it in the request's state too.
+
+    While the app runs, cancels it when the client goes.
+    """
 
     def __init__(self, app: ASGIApp, limit_bytes: int, artifact_limit_bytes: int) -> None:
         self.app = app
@@ -120,30 +142,38 @@ class Body:
             await self._run_while_connected(body, scope, receive, send)
 
     async def _run_while_connected(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(_until_gone(receive))
-        replay = _Replay(body, gone)
-        work = asyncio.ensure_future(self.app(scope, replay.receive, send))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            has_gone = gone.done() and not work.done()
-            gone.cancel()
-            if not work.done():
+        scope["state"]["body"] = body
+        work, is_running = asyncio.current_task(), True
+        assert work is not None
+
+        def cancel(_: asyncio.Task[None]) -> None:
+            if is_running:
                 work.cancel()
-        await _outcome(work, has_gone)
+
+        gone = asyncio.create_task(_until_gone(receive))
+        gone.add_done_callback(cancel)
+        try:
+            await self.app(scope, _Replay(body, gone).receive, send)
+        except asyncio.CancelledError:
+            if not gone.done() or work.uncancel():  # it was not us, or not us alone
+                raise
+        finally:
+            is_running = False
+            gone.cancel()
 
 
 async def _read(receive: Receive, limit_bytes: int) -> bytes | None:
     """The whole body, or None where the client went before it had sent it."""
-    body = bytearray()
+    chunks, length = [], 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
-        _check(len(body), limit_bytes)
+        chunks.append(message.get("body", b""))
+        length += len(chunks[-1])
+        _check(length, limit_bytes)
         if not message.get("more_body", False):
-            return bytes(body)
+            return b"".join(chunks)
 
 
 def _check(length: int, limit_bytes: int) -> None:
@@ -171,12 +201,12 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def _outcome(work: asyncio.Future[None], has_gone: bool) -> None:
-    try:
-        await work
-    except asyncio.CancelledError:
-        if not has_gone:
-            raise
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first of this name, which is in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value).decode("latin-1")
+    return None
 
 
 def asked(scope: Scope) -> str:
@@ -199,7 +229,7 @@ def _request_id(given: str | None) -> str:
     """The caller's own id where it is short and plain, so that it can stand in any log; else a new one."""
     if given and len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def _takes_artifact(scope: Scope) -> bool:
@@ -207,7 +237,7 @@ def _takes_artifact(scope: Scope) -> bool:
 
 
 def _declared_length(scope: Scope) -> int:
-    declared = Headers(scope=scope).get("content-length", "")
+    declared = header(scope, b"content-length") or ""
     return int(declared) if declared.isascii() and declared.isdecimal() else 0
 
 

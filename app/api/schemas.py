@@ -95,7 +95,7 @@ class PredictResponse(BaseModel):
                         }
                     }
                 ],
-                "usage": {"tokens": 8, "rows": 1, "passes": 1.0},
+                "usage": {"tokens": 8, "rows": 1, "passes": 1.0, "cached": 0},
             }
         }
     )

@@ -50,7 +50,7 @@ class PairKey:
 class ArmFigures:
     texts: int = 0  # that it was to score, those on which it failed counted
     errors: int = 0
-    requests: int = 0  # that it answered without the other beside it
+    requests: int = 0  # that it answered without the other beside it, nothing of it from the answer cache
     seconds: float = 0.0  # inference time of these
     judged: int = 0  # texts that it scored and whose truth is known
     right: int = 0

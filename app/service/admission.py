@@ -17,13 +17,17 @@ class Admission:
         self.in_flight = 0
         self.is_draining = False
 
-    @contextmanager
-    def permit(self) -> Iterator[None]:
-        """Holds one permit. Raises OverloadedError where none is free, UnavailableError while draining."""
+    def check(self) -> None:
+        """Takes nothing. Raises OverloadedError where no permit is free, UnavailableError while draining."""
         if self.is_draining:
             raise UnavailableError("the server is shutting down: send the request to another one")
         if self.in_flight >= self._permits:
             raise OverloadedError(f"all {self._permits} permits for concurrent requests are taken: try again shortly")
+
+    @contextmanager
+    def permit(self) -> Iterator[None]:
+        """Holds one permit. Raises as `check` does."""
+        self.check()
         self.in_flight += 1
         try:
             yield

@@ -28,7 +28,7 @@ class Observation:
     task: Task
     request_id: str
     version: int  # that answered
-    seconds: float  # inference time of the request
+    seconds: float | None  # inference time of the request; None where part of it came from the cache: it tells nothing
     answers: Mapping[int, Answers]  # by the input's index in the request: of every version that scored it
 
 
@@ -110,7 +110,7 @@ def count_pair(figures: PairFigures, observation: Observation, other: int) -> No
     is_paired = any(champion in answers and other in answers for answers in observation.answers.values())
     figures.requests += is_paired
     for number, arm in ((champion, figures.champion), (other, figures.other)):
-        if observation.version == number and not is_paired:
+        if observation.version == number and not is_paired and observation.seconds is not None:
             arm.requests += 1
             arm.seconds += observation.seconds
     for answers in observation.answers.values():

@@ -1,4 +1,4 @@
-"""The use case of prediction: admit, resolve, tokenize, plan, submit, await, answer; labels and embeddings share it.
+"""The use case of prediction: admit, resolve, look up, dispatch, await, answer; labels and embeddings share it.
 
 Knows the engine by its port; nothing of HTTP, tensors or where the snapshot comes from.
 """
@@ -12,24 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from app.domain import (
-    Arm,
-    Encoding,
-    EngineRequest,
-    EngineResult,
-    Plan,
-    Snapshot,
-    Task,
-    TaskOutput,
-    TaskVersion,
-    TextInput,
-)
-from app.engine.plan import make_plan, token_limit
+from app.domain import Arm, EngineResult, Snapshot, Task, TaskOutput, TaskVersion, TextInput
+from app.engine.plan import token_limit
 from app.errors import DeadlineError, EngineError, MalformedError, TooLargeError, UnservableError
 from app.rollout import Principal, Role
 from app.service.access import EVERYBODY
 from app.service.admission import Admission
+from app.service.answer_cache import AnswerCache
 from app.service.answers import Answer, FailedAnswer, make_answer
+from app.service.dispatch import Computed, Dispatcher, Reading
 from app.service.experiment import Observation
 from app.service.ports import EnginePort, ObserverPort, PinsPort, TokenizerPort
 from app.service.resolve import Asker, Target, beside, choose_targets, is_paired, pins_to_load, representation
@@ -42,6 +33,7 @@ logger = logging.getLogger(__name__)
 class Limits:
     max_client_batch_size: int = 32
     deadline_ms: float = 30_000.0
+    answer_cache_bytes: int = 0  # 0: every answer is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +41,7 @@ class Usage:
     tokens: int  # of all inputs, special tokens counted
     rows: int  # trunks and branches that ran
     passes: float  # bare forwards of the backbone that they cost, summed over the inputs
+    cached: int  # answers that came from the cache and cost nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,20 +67,26 @@ class Embeddings:
     timings: Timings
 
 
+_NOTHING = Computed((), EngineResult((), 0, 0.0, 0.0, 0.0), 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
-    plans: list[Plan]
-    result: EngineResult
-    tokenization_s: float
+    readings: list[Reading]  # an input each; equal texts share one
+    computed: Computed
+    is_fresh: bool  # nothing came from the cache
 
     @property
     def usage(self) -> Usage:
-        tokens = sum(len(plan.encoding) for plan in self.plans)
-        return Usage(tokens, self.result.rows, round(self.result.passes, 4))
+        tokens = sum(len(reading.encoded) for reading in self.readings)
+        cached = sum(reading.cached for reading in self.readings)
+        result = self.computed.result
+        return Usage(tokens, result.rows, round(result.passes, 4), cached)
 
     @property
     def timings(self) -> Timings:
-        return Timings(self.tokenization_s, self.result.queue_s, self.result.inference_s)
+        result = self.computed.result
+        return Timings(self.computed.tokenization_s, result.queue_s, result.inference_s)
 
 
 class InferenceService:
@@ -105,10 +104,10 @@ class InferenceService:
         observer: ObserverPort,
         metrics: Metrics,
     ) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
+        self._spec = engine.spec
+        self._dispatcher = Dispatcher(engine, tokenizer, workers)
+        self._cache = AnswerCache(limits.answer_cache_bytes)
         self._current_snapshot = current_snapshot
-        self._workers = workers
         self._admission = admission
         self._limits = limits
         self._pins = pins
@@ -135,12 +134,9 @@ class InferenceService:
             targets = choose_targets(snapshot, inputs, tasks, asker)
             extras = [_beside(snapshot, chosen, is_paired(request_id)) for chosen in targets]
             run = await self._run(inputs, [_distinct(chosen) for chosen in targets], truncate, extras)
-            results = [
-                _answers(text, chosen, plan, outputs)
-                for text, chosen, plan, outputs in zip(inputs, targets, run.plans, run.result.outputs, strict=True)
-            ]
+            results = [_answers(chosen, reading) for chosen, reading in zip(targets, run.readings, strict=True)]
             self._count(targets, results)
-            self._observe(snapshot, request_id, inputs, targets, run)
+            self._observe(snapshot, request_id, targets, run)
             return Prediction(snapshot.generation, results, run.usage, run.timings)
 
     async def embed(
@@ -152,7 +148,7 @@ class InferenceService:
             snapshot = self._current_snapshot()
             version = representation(snapshot, model)
             run = await self._run(inputs, [(version,)] * len(inputs), truncate)
-            vectors = [_vector(outputs[0], dimensions) for outputs in run.result.outputs]
+            vectors = [_vector(reading.outputs[version.digest], dimensions) for reading in run.readings]
             return Embeddings(snapshot.generation, vectors, run.usage, run.timings)
 
     def _check(self, inputs: Sequence[TextInput]) -> None:
@@ -172,6 +168,8 @@ class InferenceService:
     ) -> dict[tuple[str, int], tuple[TaskVersion, object]]:
         """Pinned versions that are not live, made resident for this request, with the handles that keep them so."""
         wanted = pins_to_load(snapshot, tasks, may_pin_unapproved)
+        if not wanted:
+            return {}
         try:
             async with asyncio.timeout(self._limits.deadline_ms / 1000):
                 return {(r.task, r.version): await asyncio.to_thread(self._pins.load, r) for r in wanted}
@@ -184,39 +182,25 @@ class InferenceService:
                 outcome = "failure" if isinstance(answers[target.reference], FailedAnswer) else "success"
                 self._metrics.predicted(target.version.task, target.version.version, target.arm, outcome)
 
-    def _observe(
-        self,
-        snapshot: Snapshot,
-        request_id: str,
-        inputs: Sequence[TextInput],
-        targets: Sequence[Sequence[Target]],
-        run: _Run,
-    ) -> None:
+    def _observe(self, snapshot: Snapshot, request_id: str, targets: Sequence[Sequence[Target]], run: _Run) -> None:
         """What the versions of tasks in an experiment said of the same texts. Never the reason that an answer fails."""
         try:
-            self._record(snapshot, request_id, inputs, targets, run)
+            self._record(snapshot, request_id, targets, run)
         except Exception:
             logger.exception("comparing versions failed for one request", extra={"request_id": request_id})
 
-    def _record(
-        self,
-        snapshot: Snapshot,
-        request_id: str,
-        inputs: Sequence[TextInput],
-        targets: Sequence[Sequence[Target]],
-        run: _Run,
-    ) -> None:
+    def _record(self, snapshot: Snapshot, request_id: str, targets: Sequence[Sequence[Target]], run: _Run) -> None:
         compared: dict[str, tuple[Target, dict[int, dict[int, Answer]]]] = {}
-        for index, (text, chosen, plan) in enumerate(zip(inputs, targets, run.plans, strict=True)):
+        for index, (chosen, reading) in enumerate(zip(targets, run.readings, strict=True)):
             for target in chosen:
                 task = snapshot.tasks.get(target.version.task)
                 if task is None or not (task.traffic.challengers or task.traffic.shadow) or target.arm is Arm.PINNED:
                     continue
                 first, answers = compared.setdefault(task.name, (target, {}))
                 if first is target:
-                    answers[index] = _answers_of(task, text, plan, run.result.outputs[index])
+                    answers[index] = _answers_of(task, reading)
         for name, (target, answers) in compared.items():
-            seconds = run.result.inference_s
+            seconds = run.computed.result.inference_s if run.is_fresh else None
             task = snapshot.tasks[name]
             self._observer.record(Observation(task, request_id, target.version.version, seconds, answers))
 
@@ -228,38 +212,49 @@ class InferenceService:
         extras: Sequence[tuple[TaskVersion, ...]] | None = None,
     ) -> _Run:
         """`extras`: scored beside where the text is not too long for them, and never a reason to refuse it."""
-        deadline_s = time.monotonic() + self._limits.deadline_ms / 1000
+        readings: dict[TextInput, Reading] = {}
+        for index, (text, asked, more) in enumerate(zip(inputs, versions, extras or [()] * len(inputs), strict=True)):
+            if text not in readings:  # equal texts of one request are asked for the same
+                readings[text] = self._look_up(Reading(index, text, asked, more))
+        unfinished = [reading for reading in readings.values() if self._is_unfinished(reading)]
+        num_known = sum(len(reading.outputs) for reading in readings.values())
+        computed = await self._compute(unfinished, truncate) if unfinished else _NOTHING
+        self._take_in(computed)
+        self._count_cached(num_known, computed)
+        return _Run([readings[text] for text in inputs], computed, not num_known)
+
+    def _look_up(self, reading: Reading) -> Reading:
+        """The reading with what is known of its text. Where the text is too long for this request, nothing is."""
+        versions = (*reading.asked, *reading.beside)
+        limit = token_limit(self._spec, reading.asked)
+        known = self._cache.get(reading.text, [v.digest for v in versions], limit, reading.has_offsets)
+        if known is not None:
+            reading.encoding, reading.outputs = known.encoding, known.outputs
+            reading.cached = sum(version.digest in known.outputs for version in reading.asked)
+        return reading
+
+    def _is_unfinished(self, reading: Reading) -> bool:
+        return reading.encoding is None or bool(reading.missing(self._spec))
+
+    async def _compute(self, readings: Sequence[Reading], truncate: bool) -> Computed:
+        timeout_s = self._limits.deadline_ms / 1000
+        deadline_s = time.monotonic() + timeout_s
         try:
-            async with asyncio.timeout(self._limits.deadline_ms / 1000):
-                began_s = time.monotonic()
-                encodings = await self._tokenize(inputs, versions, truncate)
-                tokenization_s = time.monotonic() - began_s
-                plans = self._plans(encodings, versions, extras or [()] * len(inputs))
-                result = await asyncio.wrap_future(self._engine.submit(EngineRequest(tuple(plans), deadline_s)))
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.wrap_future(self._dispatcher.submit(readings, truncate, deadline_s))
         except TimeoutError as error:
             raise DeadlineError(f"the deadline of {self._limits.deadline_ms:g} ms passed first") from error
-        return _Run(plans, result, tokenization_s)
 
-    def _plans(
-        self,
-        encodings: Sequence[Encoding],
-        versions: Sequence[tuple[TaskVersion, ...]],
-        extras: Sequence[tuple[TaskVersion, ...]],
-    ) -> list[Plan]:
-        spec = self._engine.spec
-        plans = []
-        for encoding, asked, more in zip(encodings, versions, extras, strict=True):
-            known = {version.digest for version in asked}
-            fitting = [e for e in more if e.digest not in known and len(encoding) <= token_limit(spec, (e,))]
-            plans.append(make_plan(encoding, [*asked, *fitting], spec.num_layers))
-        return plans
+    def _take_in(self, computed: Computed) -> None:
+        for (reading, plan), outputs in zip(computed.plans, computed.result.outputs, strict=True):
+            found = dict(zip((version.digest for version in plan.versions), outputs, strict=True))
+            reading.outputs |= found
+            self._cache.put(reading.text, plan.encoding, found)
 
-    async def _tokenize(
-        self, inputs: Sequence[TextInput], versions: Sequence[tuple[TaskVersion, ...]], truncate: bool
-    ) -> list[Encoding]:
-        limits = [token_limit(self._engine.spec, chosen) for chosen in versions]
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, self._tokenizer.encode, inputs, limits, truncate)
+    def _count_cached(self, num_known: int, computed: Computed) -> None:
+        if self._limits.answer_cache_bytes:
+            num_computed = sum(len(plan.versions) for _, plan in computed.plans)
+            self._metrics.looked_up(num_known, num_computed, self._cache.size_bytes)
 
 
 def _distinct(targets: Sequence[Target]) -> tuple[TaskVersion, ...]:
@@ -267,11 +262,12 @@ def _distinct(targets: Sequence[Target]) -> tuple[TaskVersion, ...]:
     return tuple({target.version.digest: target.version for target in targets}.values())
 
 
-def _answers(
-    text: TextInput, targets: Sequence[Target], plan: Plan, outputs: Sequence[TaskOutput]
-) -> dict[str, Answer]:
-    by_digest = {version.digest: output for version, output in zip(plan.versions, outputs, strict=True)}
-    return {t.reference: make_answer(t, by_digest[t.version.digest], plan.encoding, text) for t in targets}
+def _answers(targets: Sequence[Target], reading: Reading) -> dict[str, Answer]:
+    return {target.reference: _answer(target, reading) for target in targets}
+
+
+def _answer(target: Target, reading: Reading) -> Answer:
+    return make_answer(target, reading.outputs[target.version.digest], reading.encoded, reading.text)
 
 
 def _beside(snapshot: Snapshot, targets: Sequence[Target], paired: bool) -> tuple[TaskVersion, ...]:
@@ -280,13 +276,12 @@ def _beside(snapshot: Snapshot, targets: Sequence[Target], paired: bool) -> tupl
     return tuple({version.digest: version for version in versions}.values())
 
 
-def _answers_of(task: Task, text: TextInput, plan: Plan, outputs: Sequence[TaskOutput]) -> dict[int, Answer]:
+def _answers_of(task: Task, reading: Reading) -> dict[int, Answer]:
     """Of every live version of one task that was scored, by its number."""
-    by_digest = {version.digest: output for version, output in zip(plan.versions, outputs, strict=True)}
     return {
-        number: make_answer(Target(task.name, version, Arm.SHADOW), by_digest[version.digest], plan.encoding, text)
+        number: _answer(Target(task.name, version, Arm.SHADOW), reading)
         for number, version in task.versions.items()
-        if version.digest in by_digest
+        if version.digest in reading.outputs
     }
 
 

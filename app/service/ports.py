@@ -41,8 +41,10 @@ class EnginePort(Protocol):
 
 
 class TokenizerPort(Protocol):
-    def encode(self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: bool) -> list[Encoding]:
-        """Blocking and thread-safe. Raises TokenizationError with a sentence that names the input."""
+    def encode_each(
+        self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: Sequence[bool], has_offsets: bool
+    ) -> list[Encoding | str]:
+        """An encoding for each input, or what is wrong with it, to follow "input n". Blocking and thread-safe."""
         ...
 
 

@@ -143,7 +143,8 @@ def test_an_unknown_path_is_404_in_the_same_shape(client: TestClient, engine: Fa
 
 
 def test_a_bad_input_changes_nobody_elses_answer(client: TestClient) -> None:
-    before = client.post("/v1/predict", json={"inputs": "hello there"}).json()["results"]
+    asked = {"inputs": "hello there", "unit": "customer-1"}  # one unit stays in one arm
+    before = client.post("/v1/predict", json=asked).json()["results"]
     client.post("/v1/predict", json={"inputs": ["hello there", ""]})
     client.post("/v1/predict", content=b'{"inputs": "\xff"}', headers={"content-type": "application/json"})
-    assert client.post("/v1/predict", json={"inputs": "hello there"}).json()["results"] == before
+    assert client.post("/v1/predict", json=asked).json()["results"] == before

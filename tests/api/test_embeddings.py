@@ -30,6 +30,12 @@ def test_the_openai_client_reads_its_default_form(openai_client: openai.OpenAI) 
     assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (7, 7)
 
 
+def test_a_second_request_gets_the_same_vectors(openai_client: openai.OpenAI, engine: FakeEngine) -> None:
+    answers = [openai_client.embeddings.create(model="tiny", input=["one text", "another"]) for _ in range(2)]
+    assert answers[0].data == answers[1].data and answers[0].usage == answers[1].usage
+    assert len(engine.requests) == 1
+
+
 def test_the_openai_client_reads_plain_numbers(openai_client: openai.OpenAI) -> None:
     answer = openai_client.embeddings.create(model="tiny", input="one", encoding_format="float", user="u", dimensions=4)
     assert answer.data[0].embedding == [0.5] * 4

@@ -20,6 +20,7 @@ from tests.fakes import FakeEngine, make_runtime
 from tests.serving import wait_for
 
 BODY = {"inputs": "hello", "tasks": ["spam"]}
+ADMIN_KEY = "sixteen characters"
 
 
 async def until(condition: object) -> None:
@@ -47,6 +48,41 @@ async def test_a_full_server_answers_429_at_once_and_probes_still_answer(
     assert (await first).status_code == 200
     engine.holds = False
     assert (await async_client.post("/v1/predict", json=BODY)).status_code == 200, "the permit came back"
+
+
+@pytest.mark.parametrize("settings", [load_settings({"max_concurrent_requests": 1})])
+@pytest.mark.parametrize("path", ["/v1/predict", "/v1/embeddings"])
+def test_a_full_server_refuses_before_it_reads_the_body(url: str, engine: FakeEngine, path: str) -> None:
+    engine.holds = True
+    with _posted(url, json.dumps(BODY).encode()) as first:
+        wait_for(lambda: engine.futures)
+        with _posted(url, b"", missing=200_000, path=path) as refused:
+            assert refused.recv(65536).startswith(b"HTTP/1.1 429")
+        assert httpx2.get(f"{url}/v1/tasks").status_code == 200, "only what takes a permit is refused"
+        engine.release()
+        assert first.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("settings", [load_settings({"max_concurrent_requests": 1})])
+def test_those_who_send_slowly_hold_no_permit(url: str) -> None:
+    content = json.dumps(BODY).encode()
+    with _posted(url, content[:-1], missing=1) as slow:
+        assert httpx2.post(f"{url}/v1/predict", json=BODY).status_code == 200
+        slow.sendall(content[-1:])
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("settings", [load_settings({"max_concurrent_requests": 1, "admin_key": ADMIN_KEY})])
+def test_a_full_server_tells_strangers_nothing(url: str, engine: FakeEngine) -> None:
+    engine.holds = True
+    key = f"authorization: Bearer {ADMIN_KEY}\r\n"
+    with _posted(url, json.dumps(BODY).encode(), line=key) as first:
+        wait_for(lambda: engine.futures)
+        for line, status in (("", b"401"), (key, b"429")):
+            with _posted(url, b"", missing=200, line=line) as refused:
+                assert refused.recv(65536).startswith(b"HTTP/1.1 " + status)
+        engine.release()
+        assert first.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("settings", [load_settings({"deadline_ms": 50})])
@@ -124,6 +160,20 @@ def test_the_queued_work_of_a_client_that_left_is_dropped(url: str, engine: Fake
     wait_for(lambda: runtime.admission.in_flight == 0)
 
 
+@pytest.mark.anyio
+async def test_work_that_is_cancelled_from_outside_stays_cancelled(
+    engine: FakeEngine, async_client: httpx2.AsyncClient, runtime: Runtime
+) -> None:
+    engine.holds = True
+    work = asyncio.create_task(async_client.post("/v1/predict", json=BODY))
+    await until(lambda: engine.futures)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert engine.futures[0].cancelled()
+    assert runtime.admission.in_flight == 0
+
+
 def test_a_client_that_leaves_in_the_middle_of_its_body_starts_nothing(url: str, engine: FakeEngine) -> None:
     with _posted(url, json.dumps(BODY).encode()[:-3], missing=3):
         pass
@@ -160,16 +210,16 @@ def test_the_application_closes_what_it_was_given(app: FastAPI, engine: FakeEngi
     assert not engine.alive
 
 
-def _posted(url: str, content: bytes, missing: int = 0) -> socket.socket:
+def _posted(url: str, content: bytes, missing: int = 0, path: str = "/v1/predict", line: str = "") -> socket.socket:
     address = urlsplit(url)
     connection = socket.create_connection((address.hostname or "", address.port or 0), timeout=5)
-    connection.sendall(_head(url, len(content) + missing) + content)
+    connection.sendall(_head(url, len(content) + missing, path, line) + content)
     return connection
 
 
-def _head(url: str, length: int) -> bytes:
+def _head(url: str, length: int, path: str = "/v1/predict", line: str = "") -> bytes:
     host = urlsplit(url).netloc
     return (
-        f"POST /v1/predict HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n{line}"
         f"content-length: {length}\r\n\r\n"
     ).encode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi.testclient import TestClient
 
 
@@ -17,3 +19,13 @@ def test_requests_are_counted_by_route_and_code(client: TestClient) -> None:
     assert 'manifold_requests_total{code="404",route="/v1/predict"} 1.0' in answer.text
     assert 'manifold_requests_total{code="200",route="/v1/tasks/{task}"} 1.0' in answer.text
     assert 'manifold_requests_total{code="404",route="none"} 1.0' in answer.text
+
+
+def test_what_the_cache_answers_is_counted(client: TestClient) -> None:
+    for tasks in (["spam"], ["spam", "stars"]):
+        client.post("/v1/predict", json={"inputs": ["hello", "you", "hello"], "tasks": tasks})
+    text = client.get("/metrics").text
+    assert "manifold_answer_cache_hits_total 2.0" in text
+    assert "manifold_answer_cache_misses_total 4.0" in text
+    (taken,) = re.findall(r"^manifold_answer_cache_bytes (.+)$", text, re.MULTILINE)
+    assert 500 < float(taken) < 10_000

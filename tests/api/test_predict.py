@@ -64,12 +64,12 @@ def test_a_list_may_mix_texts_and_objects(client: TestClient) -> None:
     ],
 )
 def test_a_reference_reaches_its_version(client: TestClient, reference: str, version: int, arm: str) -> None:
-    (result,) = predict(client, "pay my bill", reference)["results"]
+    (result,) = predict(client, "pay my bill", reference, unit="customer-1")["results"]
     assert (result[reference]["version"], result[reference]["arm"]) == (version, arm)
 
 
 def test_answers_are_keyed_by_what_the_caller_wrote(client: TestClient, engine: FakeEngine) -> None:
-    (result,) = predict(client, "pay", "intent", "intent@1", "intent@2", "intent")["results"]
+    (result,) = predict(client, "pay", "intent", "intent@1", "intent@2", "intent", unit="customer-1")["results"]
     assert list(result) == ["intent", "intent@1", "intent@2"]
     ran = [version.version for version in engine.requests[0].plans[0].versions]
     assert ran == [2, 1], "the champion was asked under two names, and ran once"
@@ -84,7 +84,16 @@ def test_a_broken_task_fails_alone(client: TestClient, engine: FakeEngine) -> No
 
 def test_usage_counts_tokens_rows_and_passes(client: TestClient) -> None:
     usage = predict(client, ["one two", "three"], "spam", "intent")["usage"]
-    assert usage == {"tokens": 7, "rows": 2, "passes": 2.0}
+    assert usage == {"tokens": 7, "rows": 2, "passes": 2.0, "cached": 0}
+
+
+def test_a_second_request_is_answered_from_the_cache_and_says_so(client: TestClient, engine: FakeEngine) -> None:
+    first = predict(client, ["to New York", "stay"], "spam", "slots")
+    response = client.post("/v1/predict", json={"inputs": ["to New York", "stay"], "tasks": ["spam", "slots"]})
+    again = response.json()
+    assert again["results"] == first["results"] and len(engine.requests) == 1
+    assert again["usage"] == {"tokens": 8, "rows": 0, "passes": 0.0, "cached": 4}
+    assert [response.headers[f"x-{name}-time"] for name in ("tokenization", "queue", "inference")] == ["0.00"] * 3
 
 
 def test_a_long_text_is_read_from_its_beginning_when_asked(client: TestClient) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.domain import TextInput
+from app.domain import Encoding, TextInput
 from app.engine.backbone import _embedded_path
 from app.engine.tokenizer import TextTokenizer
 from app.errors import BackboneError, TokenizationError
@@ -46,6 +46,30 @@ def test_truncation_keeps_the_beginning_and_says_so(tokenizer: TextTokenizer) ->
 def test_each_input_has_its_own_limit(tokenizer: TextTokenizer) -> None:
     text = TextInput("word " * 100)
     assert [len(e) for e in tokenizer.encode([text] * 3, [10, 20, 30], True)] == [10, 20, 30]
+
+
+def test_one_text_at_fault_takes_no_other_with_it(tokenizer: TextTokenizer) -> None:
+    texts = [TextInput("short"), TextInput("word " * 100), TextInput("\x00"), TextInput("word " * 100)]
+    short, long, nothing, cut = tokenizer.encode_each(texts, [50, 50, 50, 20], [False, False, False, True])
+    assert isinstance(short, Encoding) and isinstance(cut, Encoding)
+    assert (len(short), len(cut), cut.truncated) == (3, 20, True)
+    assert isinstance(long, str) and long.startswith("has 102 tokens and the limit is 50: shorten it")
+    assert nothing == "has nothing that the model can read"
+
+
+@pytest.mark.parametrize(
+    "text", [TextInput("Köln → naïve 🚀 café"), TextInput("one", "two words"), TextInput("unbelievably " * 40)]
+)
+def test_without_offsets_the_tokens_are_the_same(tokenizer: TextTokenizer, text: TextInput) -> None:
+    (marked,) = tokenizer.encode([text], [30], True)
+    (plain,) = tokenizer.encode_each([text], [30], [True], has_offsets=False)
+    assert isinstance(plain, Encoding)
+    assert (plain.input_ids, plain.token_type_ids, plain.truncated) == (
+        marked.input_ids,
+        marked.token_type_ids,
+        marked.truncated,
+    )
+    assert plain.offsets == plain.word_ids == ()
 
 
 @pytest.mark.parametrize("text", ["\x00\x01\x02", "\u200b\u200d", "\x07 \x08"])

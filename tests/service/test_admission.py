@@ -20,6 +20,17 @@ def test_a_permit_comes_back_however_its_holder_ends() -> None:
     assert admission.in_flight == 0
 
 
+def test_a_look_at_the_door_takes_nothing() -> None:
+    admission = Admission(1)
+    admission.check()
+    assert admission.in_flight == 0
+    with admission.permit(), pytest.raises(OverloadedError):
+        admission.check()
+    admission.drain()
+    with pytest.raises(UnavailableError):
+        admission.check()
+
+
 def test_draining_lets_nobody_in_and_keeps_those_inside() -> None:
     admission = Admission(2)
     with admission.permit():

@@ -97,7 +97,7 @@ class Server:
 def serving(home: Path, folder: Path) -> Iterator[Server]:
     (folder / "none").mkdir(parents=True, exist_ok=True)
     chosen = {"home": home, "prefixes": folder / "none", "device": "cpu", "dtype": "float32"}
-    settings = load_settings(chosen | {"max_client_batch_size": 400})
+    settings = load_settings(chosen | {"max_client_batch_size": 400, "answer_cache_bytes": 0})  # passes are counted
     runtime = open_runtime(settings)
     with running(create_app(settings, runtime)) as url, httpx2.Client(base_url=url, trust_env=False) as client:
         yield Server(runtime, client, folder)

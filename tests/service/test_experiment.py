@@ -66,7 +66,7 @@ def failed() -> FailedAnswer:
 
 
 def observe(
-    of: Task, *texts: dict[int, Answer], version: int = CHAMPION, seconds: float = 0.5, request_id: str = "r-1"
+    of: Task, *texts: dict[int, Answer], version: int = CHAMPION, seconds: float | None = 0.5, request_id: str = "r-1"
 ) -> Observation:
     return Observation(of, request_id, version, seconds, dict(enumerate(texts)))
 
@@ -92,6 +92,7 @@ def test_versions_that_scored_the_same_texts_are_compared() -> None:
 def test_only_requests_that_ran_without_the_other_tell_a_time() -> None:
     of = task(CHALLENGER)
     figures = counted(
+        observe(of, {1: label("joy")}, seconds=None),  # partly from the cache
         observe(of, {1: label("joy")}, seconds=1.0),
         observe(of, {1: label("joy")}, {1: label("joy")}, seconds=3.0),
         observe(of, {2: label("joy")}, version=CHALLENGER, seconds=5.0),

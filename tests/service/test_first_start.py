@@ -152,6 +152,11 @@ async def test_the_whole_runtime_answers_in_each_type(tmp_path: Path, backbone: 
         (result,) = prediction.results
         assert set(result) == {"spam", "slots"}
         assert (prediction.usage.rows, prediction.usage.passes) == (1, 1.0)
+        again = await runtime.inference.predict([TextInput("Book a table in Paris")], None, False)
+        assert again.results == prediction.results and (again.usage.rows, again.usage.cached) == (0, 2)
+        model = runtime.engine.spec.name
+        vectors = [(await runtime.inference.embed([TextInput("a")], model, False)).vectors for _ in range(2)]
+        assert vectors[0] == vectors[1]
     with pytest.raises(Exception, match="dead"):
         runtime.check_ready()
 
