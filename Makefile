@@ -8,16 +8,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 OMP_NUM_THREADS ?= 2
+PEERS := adapterhub limits peers-infinity peers-litserve peers-bentoml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-learning bench-few-labels bench-swaps bench-packing bench-experiment bench-peers format lock clean
+.PHONY: help install run test check bench bench-learning bench-few-labels bench-swaps bench-packing bench-limits bench-serving bench-growth bench-soak bench-experiment bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
 	@echo "make test     run the tests                       make test ARGS=\"-k plan\""
 	@echo "make check    ruff, mypy, hadolint"
 	@echo "make bench    run the benchmarks                  make bench-peers installs what they compare with"
+	@echo "make bench-serving   servers under load, and their peers; bench-limits, bench-growth, bench-soak"
 	@echo "make format   rewrite the sources as ruff would"
 	@echo "make lock     resolve pyproject.toml anew into the lock"
 	@echo "make clean    remove the environments and caches"
@@ -59,7 +61,12 @@ bench-packing: $(VENV)/.dev
 bench-experiment: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out prefixes/EXPERIMENT.md $(ARGS)
 
-bench-peers: .venv-adapterhub/.installed
+bench-limits bench-serving bench-growth bench-soak: bench-%: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.$* $(ARGS)
+
+# One that cannot be installed does not keep the others away: the report names those that are missing.
+bench-peers:
+	@$(MAKE) --no-print-directory --keep-going $(PEERS:%=.venv-%/.installed)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -69,7 +76,7 @@ lock: $(VENV)/bin/python
 	$(BIN)/python tools/lock.py
 
 clean:
-	rm -rf $(VENV) .venv-adapterhub build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
+	rm -rf $(VENV) $(PEERS:%=.venv-%) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 	find app tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps make a second call instant; a changed lock or pyproject.toml installs again.
@@ -86,11 +93,12 @@ $(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock
 	@$(BIN)/python -m pip install --quiet -r requirements-dev.lock
 	@touch $@
 
-.venv-adapterhub/bin/python:
-	@$(call make_venv,.venv-adapterhub)
+$(PEERS:%=.venv-%/bin/python):
+	@$(call make_venv,$(@:%/bin/python=%))
 
-.venv-adapterhub/.installed: .venv-adapterhub/bin/python tests/bench/peers/requirements-adapterhub.txt
-	@.venv-adapterhub/bin/python -m pip install --quiet -r tests/bench/peers/requirements-adapterhub.txt
+.SECONDEXPANSION:
+$(PEERS:%=.venv-%/.installed): .venv-%/.installed: .venv-%/bin/python tests/bench/peers/requirements-$$(subst peers-,,$$*).txt
+	@.venv-$*/bin/python -m pip install --quiet -r $(word 2,$^)
 	@touch $@
 
 # The first of PYTHON, python3.11, python3 and python that is a working Python 3.11.

@@ -1,7 +1,7 @@
 """Fan-out: the engine's time for N tasks over the bare backbone's forward on the same texts, beside its peers.
 
-The bare forward is transformers' own, with its fused attention. It and the engine take turns in one process, and each
-cell is the median of the ratios of neighbours, so that a slow moment of the machine hits both.
+The bare forward is transformers' own, eager or compiled, whichever is faster on these texts. It and the engine take
+turns in one process, and each cell is the median of the ratios of neighbours, so that a slow moment hits both.
 """
 
 from __future__ import annotations
@@ -17,19 +17,40 @@ from pathlib import Path
 
 import torch
 from peft import PrefixTuningConfig, get_peft_model
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from app.domain import Encoding, EngineRequest, TaskVersion
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
 from app.engine.plan import make_plan
+from tests.bench.limits_cases import even_case
+from tests.bench.limits_torch import DTYPES, compiled, eager, fastest
 from tests.engine.models import make_artifact
 
-TEXTS = 8
 VIRTUAL_TOKENS = 16
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 _ROOT = Path(__file__).resolve().parents[2]
 _ADAPTERHUB = _ROOT / ".venv-adapterhub/bin/python"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What all rows of one table are measured on, and the bare forward that they are measured by."""
+
+    dtype: str
+    encodings: tuple[Encoding, ...]
+    bare_name: str
+    bare: Callable[[], object]
+
+    @property
+    def name(self) -> str:
+        count, tokens = len(self.encodings), len(self.encodings[0])
+        return f"{count} text{'s' if count > 1 else ''} of {tokens} tokens, {self.dtype}"
+
+    @property
+    def most_over_plan(self) -> float:
+        """The target, for up to 16 tasks."""
+        return 1.08 if len(self.encodings) >= 8 else 1.2
 
 
 @dataclass(frozen=True)
@@ -38,10 +59,17 @@ class Cell:
 
     kind: str
     tasks: int
-    tokens: int
+    texts: Texts
     passes: float | None  # planned; None for peers
     median_ms: float
     ratio: float
+
+    @property
+    def misses(self) -> bool:
+        """Whether it is over the target."""
+        if self.passes is None or self.tasks > 16:
+            return False
+        return self.ratio > self.texts.most_over_plan * self.passes
 
 
 _READOUT: dict[str, object] = {"readout": "attention", "layers": [2, 4, 6]}
@@ -57,42 +85,50 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
+def make_texts(path: str, dtype: str, texts: int, tokens: int, with_compiled: bool) -> Texts:
+    case = even_case(texts, tokens)
+    ways = [eager(path, dtype), *([compiled(path, dtype)] if with_compiled else [])]
+    runs = {way.name: way.prepare(case.texts, True) for way in ways}
+    for run in runs.values():
+        run()
+    best = fastest(runs)
+    return Texts(dtype, tuple(Encoding(tuple(ids), (0,) * tokens) for ids in case.texts), best, runs[best])
+
+
 def measure_engine(
-    backbone: Backbone, tokens: int, counts: Sequence[int], least_repetitions: int, budget_s: float
+    backbone: Backbone, texts: Texts, counts: Sequence[int], least_repetitions: int, budget_s: float
 ) -> Iterator[Cell]:
     """A cell for each kind and count."""
     engine = Engine(backbone)
     engine.start()
-    encodings = _texts(tokens)
-    bare = bare_forward(backbone.path, encodings)
     for kind, options in KINDS.items():
         versions = [_version(engine, options, seed) for seed in range(max(counts))]
         for count in counts:
-            plans = tuple(make_plan(e, versions[:count], engine.spec.num_layers) for e in encodings)
+            plans = tuple(make_plan(e, versions[:count], engine.spec.num_layers) for e in texts.encodings)
             request = EngineRequest(plans)
 
             def run(request: EngineRequest = request) -> object:
                 return engine.submit(request).result()
 
-            median_s, ratio = side_by_side(run, bare, least_repetitions, budget_s)
-            yield Cell(kind, count, tokens, plans[0].passes, median_s * 1000, ratio)
+            median_s, ratio = side_by_side(run, texts.bare, least_repetitions, budget_s)
+            yield Cell(kind, count, texts, plans[0].passes, median_s * 1000, ratio)
         for version in versions:
             engine.unload(version.digest)
     engine.close()
 
 
 def measure_peft(
-    backbone: Backbone, tokens: int, counts: Sequence[int], least_repetitions: int, budget_s: float
+    backbone: Backbone, texts: Texts, counts: Sequence[int], least_repetitions: int, budget_s: float
 ) -> Iterator[Cell]:
     """N adapters on one PEFT model, switched between N forwards."""
-    encodings = _texts(tokens)
-    bare = bare_forward(backbone.path, encodings)
-    ids = torch.tensor([e.input_ids for e in encodings])
+    ids = torch.tensor([e.input_ids for e in texts.encodings])
     mask = torch.ones_like(ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=VIRTUAL_TOKENS)
-        base = AutoModelForSequenceClassification.from_pretrained(backbone.path, num_labels=4)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            backbone.path, num_labels=4, dtype=DTYPES[texts.dtype]
+        )
         model = get_peft_model(base, config, adapter_name="task0")
         for index in range(1, max(counts)):
             model.add_adapter(f"task{index}", config)
@@ -107,21 +143,26 @@ def measure_peft(
                 outputs.append(model(input_ids=ids, attention_mask=mask).logits)
             return outputs
 
-        median_s, ratio = side_by_side(run, bare, least_repetitions, budget_s)
-        yield Cell("PEFT, a forward a task", count, tokens, None, median_s * 1000, ratio)
+        median_s, ratio = side_by_side(run, texts.bare, least_repetitions, budget_s)
+        yield Cell("PEFT, a forward a task", count, texts, None, median_s * 1000, ratio)
 
 
-def measure_adapterhub(path: str, tokens: int, counts: Sequence[int], threads: int, repetitions: int) -> Iterator[Cell]:
-    """AdapterHub's Parallel, in its own environment; nothing where that is not installed (`make bench-peers`)."""
-    if not _ADAPTERHUB.exists():
+def measure_adapterhub(
+    path: str, texts: Texts, counts: Sequence[int], threads: int, repetitions: int
+) -> Iterator[Cell]:
+    """AdapterHub's Parallel, in its own environment, over an eager forward there. In float32 alone.
+
+    Nothing where that is not installed (`make bench-peers`).
+    """
+    if not _ADAPTERHUB.exists() or texts.dtype != "float32":
         return
     for first_layer in (0, 4):
         for count in counts:
             asked = {
                 "model": path,
                 "tasks": count,
-                "texts": TEXTS,
-                "tokens": tokens,
+                "texts": len(texts.encodings),
+                "tokens": len(texts.encodings[0]),
                 "threads": threads,
                 "repetitions": repetitions,
                 "prefix_length": VIRTUAL_TOKENS,
@@ -132,7 +173,7 @@ def measure_adapterhub(path: str, tokens: int, counts: Sequence[int], threads: i
             answer = json.loads(done.stdout.strip().splitlines()[-1])
             kind = f"AdapterHub Parallel, first layer {first_layer}"
             ratio = answer["median_s"] / answer["bare_median_s"]
-            yield Cell(kind, count, tokens, None, answer["median_s"] * 1000, ratio)
+            yield Cell(kind, count, texts, None, answer["median_s"] * 1000, ratio)
 
 
 def side_by_side(
@@ -142,7 +183,8 @@ def side_by_side(
     subject()
     baseline()
     began = time.perf_counter()
-    seconds, ratios = [], []
+    seconds: list[float] = []
+    ratios: list[float] = []
     before = _timed(baseline)
     while len(seconds) < least or time.perf_counter() - began < budget_s:
         seconds.append(_timed(subject))
@@ -152,29 +194,10 @@ def side_by_side(
     return statistics.median(seconds), statistics.median(ratios)
 
 
-def bare_forward(path: str, encodings: Sequence[Encoding]) -> Callable[[], object]:
-    """transformers' own model over the texts in one batch, as fast as it comes."""
-    model = AutoModel.from_pretrained(path, attn_implementation="sdpa").eval()
-    ids = torch.tensor([e.input_ids for e in encodings])
-    mask = torch.ones_like(ids)
-
-    @torch.inference_mode()
-    def run() -> object:
-        return model(input_ids=ids, attention_mask=mask)
-
-    return run
-
-
 def _timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
-
-
-def _texts(tokens: int) -> list[Encoding]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 20000, (TEXTS, tokens), generator=generator).tolist()
-    return [Encoding(tuple(row), (0,) * tokens) for row in ids]
 
 
 def _version(engine: Engine, options: dict[str, object], seed: int) -> TaskVersion:

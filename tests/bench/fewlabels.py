@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from app.domain import ReadoutKind
-from app.engine.backbone import Backbone, keep_freed_memory, set_threads
+from app.engine.backbone import Backbone, set_threads
+from app.engine.host_memory import keep_freed_memory
 from app.engine.tokenizer import TextTokenizer
 from app.learning.compose import compose, usable
 from app.learning.learn import with_enough_steps

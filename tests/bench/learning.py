@@ -23,7 +23,8 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from app.domain import ReadoutKind
-from app.engine.backbone import Backbone, keep_freed_memory, set_threads
+from app.engine.backbone import Backbone, set_threads
+from app.engine.host_memory import keep_freed_memory
 from app.engine.tokenizer import TextTokenizer
 from app.learning.data import Table, read_table
 from app.learning.learn import Files, Options, learn

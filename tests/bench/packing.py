@@ -21,7 +21,8 @@ from rich.console import Console
 
 from app.domain import ReadoutKind
 from app.engine.artifact import MANIFEST
-from app.engine.backbone import Backbone, keep_freed_memory, set_threads
+from app.engine.backbone import Backbone, set_threads
+from app.engine.host_memory import keep_freed_memory
 from app.learning.data import Table, read_table
 from app.learning.learn import Files, Options, learn
 from app.learning.pack import Limits, Member
