@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Protocol
 
 from app.domain import Plan, Readout, ReadoutKind, Row
 from app.engine.prefix_bank import ResidentPrefix, ResidentVersion
@@ -67,6 +68,11 @@ class Chunk:
 LayerStep = tuple[Chunk, ...]
 
 
+class Padding(Protocol):
+    def padded(self, rows: int, tokens: int) -> int:
+        """The tokens that rows of at most `tokens` are padded to."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Readers:
     """Versions of one cohort that read one row in the same way, in the order of their heads.
@@ -110,9 +116,13 @@ class Batch:
         return sum(len(work.plan.rows) for work in self.works)
 
 
-def lay_out(works: Sequence[Work], num_layers: int, chunk_tokens: int | None = None) -> Batch:
+def lay_out(
+    works: Sequence[Work], num_layers: int, chunk_tokens: int | None = None, padding: Padding | None = None
+) -> Batch:
     """Arrange any works, of any versions, as one batch, in chunks of about `chunk_tokens` padded tokens."""
     num_tokens = max(len(work.plan.encoding) for work in works)
+    if padding is not None:
+        num_tokens = padding.padded(len(works), num_tokens)
     chunk_rows = max(1, chunk_tokens // num_tokens) if chunk_tokens is not None else len(works)
     groups = _group(works, chunk_rows)
     cohorts, start = [], 0

@@ -19,6 +19,7 @@ from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Work, lay_out
 from app.engine.forward import begin_batch
+from app.engine.graphs import TrunkGraphs
 from app.engine.plan import make_plan, split_plan
 from app.engine.prefix_bank import PrefixBank
 from app.engine.scheduler import Scheduler
@@ -106,6 +107,7 @@ class Engine:
         self._chunk_tokens = CPU_CHUNK_TOKENS if backbone.device.type == "cpu" else None
         # While a CUDA device computes, the next batch is laid out. A CPU's own cores would have to do both.
         self._works_ahead = backbone.device.type != "cpu"
+        self._graphs = TrunkGraphs(backbone) if backbone.device.type == "cuda" else None
         self._begun: _Begun | None = None
         self._clock = clock
         self._life = _Life()
@@ -199,6 +201,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if self._graphs is not None:
+                self._graphs.warm((1,), range(16, 129, 16), self.spec.num_layers)
             while not self._life.closing:
                 self.step()
             self._finish_begun()
@@ -262,8 +266,8 @@ class Engine:
         begun: _Begun | None = None
         with _failing(items):
             shared = _share(items, self.spec.num_layers)
-            batch = lay_out([work for work, _ in shared], self.spec.num_layers, self._chunk_tokens)
-            begun = _Begun(shared, batch, begin_batch(batch, self.backbone), started_s)
+            batch = lay_out([work for work, _ in shared], self.spec.num_layers, self._chunk_tokens, self._graphs)
+            begun = _Begun(shared, batch, begin_batch(batch, self.backbone, self._graphs), started_s)
         return begun
 
     def _finish(self, begun: _Begun) -> None:

@@ -17,6 +17,7 @@ from app.engine.attention import Segment, additive_mask
 from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers
 from app.engine.families import Context
+from app.engine.graphs import TrunkGraphs
 from app.engine.heads import pool_tokens
 from app.engine.scoring import Pieces, Scores, score
 
@@ -27,26 +28,46 @@ def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
 
 
 @torch.inference_mode()
-def begin_batch(batch: Batch, backbone: Backbone) -> Scores:
+def begin_batch(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Scores:
     """Hand a batch to the device: a CPU has computed it on return, a CUDA device computes while others are prepared."""
-    return score(batch, run_layers(batch, backbone))
+    return score(batch, run_layers(batch, backbone, graphs))
 
 
-def run_layers(batch: Batch, backbone: Backbone) -> Pieces:
+def run_layers(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Pieces:
     inputs = _Inputs.of(batch, backbone)
+    trunk = None if graphs is None else inputs.trunk(graphs, batch.steps)
     pieces: Pieces = {}
     states: list[Tensor] = []  # of each chunk, [rows, tokens, d]
     for layer, step in enumerate(batch.steps):
-        states = [inputs.embed(c) if layer == 0 else _gather(states, c) for c in step]
-        states = [
-            backbone.serve_layer(
-                layer, rows, inputs.segments(layer, chunk), inputs.context(layer, chunk, rows), chunk.only_first
-            )
-            for rows, chunk in zip(states, step, strict=True)
-        ]
+        if trunk is not None and layer < len(trunk):
+            states = [trunk[layer]]
+        else:
+            states = [inputs.embed(c) if layer == 0 else _gather(states, c) for c in step]
+            states = [
+                backbone.serve_layer(
+                    layer, rows, inputs.segments(layer, chunk), inputs.context(layer, chunk, rows), chunk.only_first
+                )
+                for rows, chunk in zip(states, step, strict=True)
+            ]
         if layer + 1 in batch.reads:
             _take_all(batch, layer + 1, step, states, inputs, pieces)
     return pieces
+
+
+def _trunk_depth(steps: Sequence[LayerStep]) -> int:
+    """Layers through which one chunk goes whose rows stand as the texts do, no prefix beside any of them."""
+    depth = 0
+    for layer, step in enumerate(steps):
+        if len(step) != 1 or step[0].only_first or not all(_is_bare(placed, layer) for placed in step[0].placed):
+            break
+        depth += 1
+    return depth
+
+
+def _is_bare(placed: Placed, layer: int) -> bool:
+    block = placed.block
+    as_texts = (placed.start, placed.stop) == (block.plans.start, block.plans.stop) and block.row.position_offset == 0
+    return as_texts and block.virtual_tokens(layer) == 0
 
 
 def _gather(states: Sequence[Tensor], chunk: Chunk) -> Tensor:
@@ -76,6 +97,10 @@ class _Inputs:
         return cls(
             backbone, backbone.bring(ids), backbone.bring(types), None if mask is None else backbone.bring(mask), {}, {}
         )
+
+    def trunk(self, graphs: TrunkGraphs, steps: Sequence[LayerStep]) -> list[Tensor] | None:
+        """States behind each layer below the first fork, where a graph has them in one launch."""
+        return graphs.run(self.input_ids, self.token_type_ids, self.text_mask, _trunk_depth(steps))
 
     def embed(self, chunk: Chunk) -> Tensor:
         ids = torch.cat([self.input_ids[p.block.plans] for p in chunk.placed])

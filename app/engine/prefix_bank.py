@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +57,7 @@ class PrefixBank:
         self._prefixes: weakref.WeakValueDictionary[str, ResidentPrefix] = weakref.WeakValueDictionary()
         self._layers = LinearBank(device)
         self._lock = threading.Lock()
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self._held)
@@ -69,11 +73,12 @@ class PrefixBank:
             if known is not None:
                 self._versions[version.digest] = known
                 return known
-            prefixes = tuple(
-                self._resident_prefix(prefix, vectors)
-                for prefix, vectors in zip(version.prefixes, artifact.prefix_vectors, strict=True)
-            )
-            head = ResidentHead.from_tensors(version, artifact.manifest, artifact.tensors, self._layers)
+            with self._beside_batches():
+                prefixes = tuple(
+                    self._resident_prefix(prefix, vectors)
+                    for prefix, vectors in zip(version.prefixes, artifact.prefix_vectors, strict=True)
+                )
+                head = ResidentHead.from_tensors(version, artifact.manifest, artifact.tensors, self._layers)
             resident = ResidentVersion(version, prefixes, head)
             self._versions[version.digest] = self._held[version.digest] = resident
             return resident
@@ -98,3 +103,13 @@ class PrefixBank:
         resident = ResidentPrefix(prefix, keys, values)
         self._prefixes[prefix.digest] = resident
         return resident
+
+    @contextmanager
+    def _beside_batches(self) -> Iterator[None]:
+        """What is copied to a CUDA device within has arrived at the end, and no batch has waited for it."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()

@@ -48,11 +48,11 @@ class _Gate:
         self.batches: list[int] = []
         real = engine_module.begin_batch
 
-        def held(batch, backbone):  # type: ignore[no-untyped-def]
+        def held(batch, backbone, graphs):  # type: ignore[no-untyped-def]
             self.batches.append(len(batch.works))
             self.entered.set()
             assert self._open.wait(30)
-            return real(batch, backbone)
+            return real(batch, backbone, graphs)
 
         monkeypatch.setattr(engine_module, "begin_batch", held)
 
@@ -100,7 +100,7 @@ def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
     engine = make_engine()
     version = _load(engine, "task")
 
-    def explode(batch, backbone):  # type: ignore[no-untyped-def]
+    def explode(batch, backbone, graphs):  # type: ignore[no-untyped-def]
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_when_the_thread_dies_in_a_batch_its_requests_are_told(
     engine = make_engine()
     version = _load(engine, "task")
 
-    def die(batch, backbone):  # type: ignore[no-untyped-def]
+    def die(batch, backbone, graphs):  # type: ignore[no-untyped-def]
         raise SystemExit("device lost")
 
     monkeypatch.setattr(engine_module, "begin_batch", die)
