@@ -66,8 +66,14 @@ class Settings(BaseSettings):
     allow_remote: bool = Field(False, description="listen on any address although no keys protect the server")
     cors_allow_origins: CommaSeparated = Field((), description="origins that browsers may call from, comma-separated")
 
-    max_batch_tokens: int = Field(16384, ge=1, description="rows x (tokens + prefix) that one batch may hold")
-    max_batch_rows: int = Field(512, ge=1, description="rows that one batch may hold")
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="rows x (tokens + prefix) that one batch may hold; unset is 16384 on a CPU, 131072 on CUDA",
+    )
+    max_batch_rows: int | None = Field(
+        None, ge=1, description="rows that one batch may hold; unset is 512 on a CPU, 4096 on CUDA"
+    )
     max_queue_delay_ms: float = Field(0.0, ge=0, le=1000, description="how long a batch waits to be filled")
     max_concurrent_requests: int = Field(512, ge=1, description="requests at work at once; more are answered 429")
     max_client_batch_size: int = Field(32, ge=1, description="inputs of one request; more are answered 413")

@@ -136,7 +136,7 @@ def test_help_prints_every_setting_with_its_variable_and_default(capsys: Capture
         if name == "key":  # the clients' own
             continue
         assert option_name(name) in out and env_name(name) in out and str(field.description) in out
-    assert "[MANIFOLD_MAX_BATCH_TOKENS; default 16384]" in out
+    assert "[MANIFOLD_MAX_CLIENT_BATCH_SIZE; default 32]" in out
 
 
 @pytest.mark.parametrize(

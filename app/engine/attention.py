@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "manifold"
+_WIDE = torch.complex128
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,30 @@ def _attend(
     rows = slice(segment.start, segment.stop)
     query, key, value = query[rows], key[rows], value[rows]
     if segment.key is not None and segment.value is not None:
-        key, value = torch.cat((segment.key, key), dim=2), torch.cat((segment.value, value), dim=2)
+        key, value = cat_tokens((segment.key, key)), cat_tokens((segment.value, value))
     states = scaled_dot_product_attention(query, key, value, attn_mask=segment.mask, dropout_p=dropout, scale=scaling)
     return states.transpose(1, 2)
+
+
+def cat_tokens(parts: Sequence[Tensor], dim: int = 2) -> Tensor:
+    """Keys or values, [..., head size] each, along one of their other dimensions.
+
+    On a CUDA device in steps of 16 bytes: torch would copy strided tensors number by number, six times slower.
+    """
+    if parts[0].is_cuda and all(is_wide(part) for part in parts):
+        return cat_wide(parts, dim)
+    return torch.cat(tuple(parts), dim=dim)
+
+
+def cat_wide(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return torch.cat([part.view(_WIDE) for part in parts], dim=dim).view(parts[0].dtype)
+
+
+def is_wide(part: Tensor) -> bool:
+    """Whether every run of the last dimension is a whole number of aligned steps."""
+    numbers = _WIDE.itemsize // part.element_size()
+    sizes = (part.shape[-1], part.storage_offset(), *part.stride()[:-1])
+    return part.stride(-1) == 1 and all(size % numbers == 0 for size in sizes)
 
 
 def additive_mask(

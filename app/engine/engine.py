@@ -29,6 +29,8 @@ from app.errors import DeadlineError, EngineError, ManifoldError, UnavailableErr
 log = logging.getLogger(__name__)
 
 CPU_CHUNK_TOKENS = 2048  # what a layer makes of so many tokens stays in a CPU's caches; larger calls are slower a token
+# Padded tokens and rows of a batch that fill the device, by its type: more would only make the others wait.
+_BATCH = {"cpu": (16384, 512), "cuda": (131072, 4096)}
 
 
 @dataclass(slots=True, eq=False)
@@ -94,15 +96,18 @@ class Engine:
         self,
         backbone: Backbone,
         *,
-        max_batch_tokens: int = 16384,
-        max_batch_rows: int = 512,
+        max_batch_tokens: int | None = None,
+        max_batch_rows: int | None = None,
         max_queue_delay_ms: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backbone = backbone
         self.spec = backbone.spec
         self.bank = PrefixBank(backbone.device, backbone.dtype)
-        self._scheduler: Scheduler[_Item] = Scheduler(max_batch_tokens, max_batch_rows, max_queue_delay_ms / 1000)
+        most_tokens, most_rows = _BATCH[backbone.device.type]
+        self._scheduler: Scheduler[_Item] = Scheduler(
+            max_batch_tokens or most_tokens, max_batch_rows or most_rows, max_queue_delay_ms / 1000
+        )
         self._inbox: queue.SimpleQueue[list[_Item] | _Wake] = queue.SimpleQueue()
         self._chunk_tokens = CPU_CHUNK_TOKENS if backbone.device.type == "cpu" else None
         # While a CUDA device computes, the next batch is laid out. A CPU's own cores would have to do both.

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from app.domain import ReadoutKind, TaskOutput
-from app.engine.attention import Segment, additive_mask
+from app.engine.attention import Segment, additive_mask, cat_tokens
 from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers
 from app.engine.families import Context
 from app.engine.graphs import TrunkGraphs
-from app.engine.heads import pool_tokens
+from app.engine.heads import attend_tokens, mean_tokens
 from app.engine.scoring import Pieces, Scores, score
 
 
@@ -134,13 +134,20 @@ class _Inputs:
         if num_virtual_tokens == 0:
             return Segment(members[0].start, members[-1].stop, None, None, mask)
         sides = zip(*(_block_prefix(p.block, layer) for p in members), strict=True)
-        key, value = (torch.cat(side) if len(members) > 1 else side[0] for side in sides)
+        key, value = (cat_tokens(side, dim=0) if len(members) > 1 else side[0] for side in sides)
         return Segment(members[0].start, members[-1].stop, key, value, mask)
+
+    def mask_of(self, members: Sequence[Placed]) -> Tensor | None:
+        """bool [rows, tokens], True: a token of the text; None: nothing is padded."""
+        if self.text_mask is None:
+            return None
+        parts = [self.text_mask[p.block.plans] for p in members]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
         layout = (num_virtual_tokens, window, *_layout(members))
         if layout not in self.masks:
-            text = None if self.text_mask is None else torch.cat([self.text_mask[p.block.plans] for p in members])
+            text = self.mask_of(members)
             width, like = self.input_ids.shape[1], self.backbone.like
             self.masks[layout] = additive_mask(text, width, window, num_virtual_tokens, like)
         return self.masks[layout]
@@ -160,26 +167,59 @@ def _block_prefix(block: Block, layer: int) -> tuple[Tensor, Tensor]:
 # -- readouts ----------------------------------------------------------------------------------------------------------
 
 
+_POOLED = frozenset({ReadoutKind.MEAN, ReadoutKind.ATTENTION})
+
+
 def _take_all(
     batch: Batch, layer: int, step: LayerStep, states: Sequence[Tensor], inputs: _Inputs, pieces: Pieces
 ) -> None:
-    where = {p.block: (number, slice(p.start, p.stop)) for number, chunk in enumerate(step) for p in chunk.placed}
-    for read in batch.reads[layer]:
-        number, rows = where[read.block]
-        seen = inputs.backbone.read_states(layer, states[number][rows])
-        for readers, found in _take(read, seen, layer, inputs):
-            pieces.setdefault(readers, []).extend(found)
-
-
-def _take(read: Read, states: Tensor, layer: int, inputs: _Inputs) -> Iterator[tuple[Readers, list[Tensor]]]:
-    """What each of a block's readers finds in its states [rows, tokens, d] behind one layer.
+    """What each reader finds behind one layer goes to its pieces.
 
     [rows, versions, n, d] each; for those that read every token [rows, tokens, d].
     """
-    pooled = [r for r in read.readers if r.readout.kind in (ReadoutKind.MEAN, ReadoutKind.ATTENTION)]
-    if pooled:
-        mask = None if inputs.text_mask is None else inputs.text_mask[read.block.plans]
-        yield from _pool(pooled, states, layer, mask)
+    where = {p.block: (number, p) for number, chunk in enumerate(step) for p in chunk.placed}
+    reads = [(*where[read.block], read) for read in batch.reads[layer]]
+    means = _means(reads, states, layer, inputs)
+    for number, placed, read in reads:
+        seen = inputs.backbone.read_states(layer, states[number][placed.start : placed.stop])
+        for readers, found in _take(read, seen, means.get(read.block), layer, inputs):
+            pieces.setdefault(readers, []).extend(found)
+
+
+def _means(
+    reads: Sequence[tuple[int, Placed, Read]], states: Sequence[Tensor], layer: int, inputs: _Inputs
+) -> dict[Block, Tensor]:
+    """Each block's mean over its tokens, [rows, 1, d]: blocks that stand side by side in one operation."""
+    wanted = [(n, p) for n, p, read in reads if any(readers.readout.kind in _POOLED for readers in read.readers)]
+    wanted.sort(key=lambda item: (item[0], item[1].start))
+    means: dict[Block, Tensor] = {}
+    for number, members in _neighbours(wanted):
+        start = members[0].start
+        mask = inputs.mask_of(members)
+        seen = inputs.backbone.read_states(layer, states[number][start : members[-1].stop])
+        mean = mean_tokens(seen, mask)
+        means.update({p.block: mean[p.start - start : p.stop - start] for p in members})
+    return means
+
+
+def _neighbours(placed: Sequence[tuple[int, Placed]]) -> Iterator[tuple[int, list[Placed]]]:
+    """Runs of one chunk without a gap."""
+    run: list[Placed] = []
+    for index, (number, member) in enumerate(placed):
+        if run and (number != placed[index - 1][0] or member.start != run[-1].stop):
+            yield placed[index - 1][0], run
+            run = []
+        run.append(member)
+    if run:
+        yield placed[-1][0], run
+
+
+def _take(
+    read: Read, states: Tensor, mean: Tensor | None, layer: int, inputs: _Inputs
+) -> Iterator[tuple[Readers, list[Tensor]]]:
+    """What each of a block's readers finds in its states [rows, tokens, d] behind one layer."""
+    if mean is not None:
+        yield from _pool(read, states, mean, layer, inputs)
     for readers in read.readers:
         match readers.readout.kind:
             case ReadoutKind.CLS:
@@ -191,23 +231,25 @@ def _take(read: Read, states: Tensor, layer: int, inputs: _Inputs) -> Iterator[t
 
 
 def _pool(
-    all_readers: Sequence[Readers], states: Tensor, layer: int, mask: Tensor | None
+    read: Read, states: Tensor, mean: Tensor, layer: int, inputs: _Inputs
 ) -> Iterator[tuple[Readers, list[Tensor]]]:
     """The mean, and what the readers' own queries find: one matrix product for all queries of all versions."""
+    all_readers = [readers for readers in read.readers if readers.readout.kind in _POOLED]
     queries = [
         resident.head.queries[readers.readout.layers.index(layer)]
         for readers in all_readers
         for resident in readers.residents
         if resident.head.queries is not None
     ]
-    mean, *attended = pool_tokens(states, torch.cat(queries) if queries else None, mask)
+    mask = None if inputs.text_mask is None else inputs.text_mask[read.block.plans]
+    attended = attend_tokens(states, torch.cat(queries), mask) if queries else mean
     start = 0
     for readers in all_readers:
         found = [_for_each(readers, mean)]
         if readers.readout.num_queries:
             stop = start + len(readers.versions) * readers.readout.num_queries
             found.append(
-                attended[0][:, start:stop].view(len(mean), len(readers.versions), readers.readout.num_queries, -1)
+                attended[:, start:stop].view(len(mean), len(readers.versions), readers.readout.num_queries, -1)
             )
             start = stop
         yield readers, found

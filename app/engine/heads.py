@@ -107,23 +107,21 @@ def _out_stage(head: ResidentHead) -> tuple[object, ...]:
     return (head.problem_type, *((0, 0) if head.out is None else head.out.shape))
 
 
-def pool_tokens(states: Tensor, queries: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
-    """A row's mean over its tokens, [rows, 1, d], and behind it each query's attention result, [rows, q, d].
+def attend_tokens(states: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:
+    """Each query's attention result over a row's tokens, [rows, q, d] in float32.
 
-    states [rows, tokens, d], queries [q, d] or None, mask bool [rows, tokens] (True: a token of the text) or None.
-    Everything in float32.
+    states [rows, tokens, d], queries [q, d], mask bool [rows, tokens] (True: a token of the text) or None.
     """
     states = states.float()
-    mean = _mean(states, mask)
-    if queries is None:
-        return (mean,)
     scores = torch.matmul(states, queries.t())  # [rows, tokens, q]
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(-1), float("-inf"))
-    return mean, torch.bmm(torch.softmax(scores, dim=1).transpose(1, 2), states)
+    return torch.bmm(torch.softmax(scores, dim=1).transpose(1, 2), states)
 
 
-def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
+def mean_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
+    """A row's mean over its tokens, [rows, 1, d] in float32. Arguments as for `attend_tokens`."""
+    states = states.float()
     if mask is None:
         return states.mean(dim=1, keepdim=True)
     weights = mask.to(states.dtype) / mask.sum(dim=1, keepdim=True)

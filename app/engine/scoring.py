@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,24 @@ _BROKEN = TaskOutput(error="it failed while computing; the server's log says why
 
 def score(batch: Batch, pieces: Pieces) -> Scores:
     """The scores of all readers, on their way to the host in one transfer. Heads of one shape are computed together."""
-    return Scores(batch, [part for readers, found in pieces.items() for part in _scored(readers, found)])
+    return Scores(batch, [part for readers, found in _joined(pieces) for part in _scored(readers, found)])
+
+
+def _joined(pieces: Pieces) -> Iterator[tuple[Readers, list[Tensor]]]:
+    """Readers of one cohort that read in the same way are one, whichever rows they read. Those of tokens stay apart."""
+    alike: dict[object, list[Readers]] = {}
+    for readers in pieces:
+        alone = readers.readout.kind is ReadoutKind.TOKENS
+        alike.setdefault(readers if alone else (readers.cohort, readers.readout), []).append(readers)
+    for members in alike.values():
+        if len(members) == 1:
+            yield members[0], pieces[members[0]]
+            continue
+        members.sort(key=lambda readers: readers.residents[0].head.order)
+        versions = tuple(version for readers in members for version in readers.versions)
+        residents = tuple(resident for readers in members for resident in readers.residents)
+        joined = Readers(members[0].cohort, versions, residents, members[0].readout)
+        yield joined, [torch.cat(found, dim=1) for found in zip(*(pieces[readers] for readers in members), strict=True)]
 
 
 class Scores:

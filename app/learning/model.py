@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from app.domain import HeadKind, ReadoutKind
 from app.engine.artifact_checks import feature_size
 from app.engine.backbone import Backbone
-from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names, join_layers, pool_tokens
+from app.engine.heads import ACTIVATIONS, QUERIES, attend_tokens, head_tensor_names, join_layers, mean_tokens
 from app.learning.cache import Gathered, StateCache, states_at
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix, differentiable_attention, run_layers
@@ -94,7 +94,7 @@ class TaskModel(nn.Module):
             case ReadoutKind.ATTENTION:
                 assert self.queries is not None
                 layers = zip(states, self.queries, strict=True)
-                return [piece for s, q in layers for piece in pool_tokens(s, q, mask)]
+                return [piece for s, q in layers for piece in (mean_tokens(s, mask), attend_tokens(s, q, mask))]
             case ReadoutKind.CLS:
                 return [s[:, :1] for s in states]
             case ReadoutKind.POOLER:
@@ -102,7 +102,7 @@ class TaskModel(nn.Module):
             case ReadoutKind.TOKENS:
                 return [s[chosen] for s in states]
             case _:
-                return [piece for s in states for piece in pool_tokens(s, None, mask)]
+                return [mean_tokens(s, mask) for s in states]
 
 
 def position_offset(prefixes: list[LayerPrefix]) -> int:

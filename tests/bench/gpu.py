@@ -43,7 +43,7 @@ ROBERTA_LARGE = RobertaConfig(
     max_position_embeddings=514,
     type_vocab_size=1,
 )
-_AGREES = 0.02  # scores in bfloat16 and in float32
+_AGREES = 1e-4
 
 
 @dataclass(frozen=True)
