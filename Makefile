@@ -12,14 +12,14 @@ PEERS := adapterhub limits peers-infinity peers-litserve peers-bentoml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-learning bench-few-labels bench-swaps bench-packing bench-limits bench-serving bench-growth bench-soak bench-gpu bench-experiment bench-peers format lock clean
+.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-limits bench-serving bench-growth bench-soak bench-gpu bench-experiment bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
 	@echo "make test     run the tests                       make test ARGS=\"-k plan\""
 	@echo "make check    ruff, mypy, hadolint"
 	@echo "make bench    run the benchmarks                  make bench-peers installs what they compare with"
-	@echo "make bench-serving   servers under load, and their peers; bench-limits, bench-growth, bench-soak"
+	@echo "              one by one: bench-limits bench-fanout bench-serving bench-growth bench-soak bench-swaps bench-gpu"
 	@echo "make format   rewrite the sources as ruff would"
 	@echo "make lock     resolve pyproject.toml anew into the lock"
 	@echo "make clean    remove the environments and caches"
@@ -43,7 +43,10 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-bench: $(VENV)/.dev
+bench: bench-limits bench-fanout bench-serving bench-growth
+	@$(BIN)/python -m tests.bench.report
+
+bench-fanout: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench $(ARGS)
 
 bench-learning: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""`make bench`: measures everything side by side in one run and writes tests/bench/REPORT.md.
+"""`make bench-fanout`: measures what N tasks cost side by side in one run and writes tests/bench/FANOUT.md.
 
 Run it on a machine that does nothing else: a second busy process makes the threads of both wait for each other.
 """
@@ -29,7 +29,7 @@ from tests.bench.machine import describe
 from tests.bench.resident import Resident, measure_resident
 from tests.bench.startup import measure_startup
 
-_REPORT = Path(__file__).with_name("REPORT.md")
+_REPORT = Path(__file__).with_name("FANOUT.md")
 _SHAPES = ((1, 32), (8, 32), (8, 128))  # texts, tokens
 
 
@@ -83,7 +83,7 @@ def _report(threads: int, cells: Sequence[Cell], resident: Resident, startup_s: 
     dtypes = dict.fromkeys(cell.texts.dtype for cell in cells)
     parts = [
         "# Fan-out: what N tasks cost\n",
-        f"{date.today()}, {describe(threads, ' and '.join(dtypes))}. Written by `make bench`.\n",
+        f"{date.today()}, {describe(threads, ' and '.join(dtypes))}. Written by `make bench-fanout`.\n",
         "Each number is time over that of the bare backbone's forward (transformers, no task at all, eager or compiled "
         "as is faster) on the same texts in the same dtype: the median of paired runs. In brackets the planned passes. "
         "Prefixes have 16 virtual tokens. AdapterHub's is over an eager forward in its own environment.\n",
@@ -131,7 +131,7 @@ def _misses(cells: Sequence[Cell]) -> str:
     over = worst.ratio / (worst.passes or 1.0)
     return (
         f"{len(held) - len(missed)} of {len(held)} cells are within {worst.texts.most_over_plan:.2f} times their plan; "
-        f"the furthest is {worst.kind}, N = {worst.tasks}, at {over:.2f} times.\n"
+        f"the furthest is {worst.kind}, N = {worst.tasks}, at {over:.2f} times: {'**not met**' if missed else 'met'}.\n"
     )
 
 
