@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=4096, description="threads of one operator on CPU; unset leaves torch's")
 
     log_format: Literal["text", "json"] = Field("text", description="text or json, a line an event")
+    log_requests: bool = Field(True, description="a line in the log for each request; never a text")
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
 

@@ -193,6 +193,19 @@ class EngineResult:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class BatchReport:
+    """What one batch was and what it took, for whoever watches the engine."""
+
+    rows: int  # trunks and branches
+    tokens: int  # rows × (tokens they were padded to)
+    collate_s: float  # laying it out
+    forward_s: float  # the layers; on a CUDA device its own clock, heads included
+    heads_s: float  # scoring, and the outputs on the host
+    shares: Mapping[tuple[str, int], float]  # (task, version) → its part of the forward, by rows × tokens × layers
+    passes: float  # bare forwards of the backbone
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
     """A live task: what the index says of it, and those of its versions that are resident here."""
 

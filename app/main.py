@@ -50,6 +50,7 @@ from app.telemetry import Metrics, configure_logging
 logger = logging.getLogger("manifold")
 
 _KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first and never race us
+_LAG_EVERY_S = 0.25
 _CLOSE_S = 2  # for the last bytes of answers, after drain_timeout_s
 _DESCRIPTION = "One text in, every prediction out: a frozen encoder, one shared pass, many tasks."
 
@@ -61,9 +62,11 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Runtime]]:
         app.openapi()  # builds every route now; otherwise the first client would wait for it
         opened = runtime if runtime is not None else await asyncio.to_thread(open_runtime, settings)
+        lag = asyncio.create_task(_measure_lag(opened.metrics))
         try:
             yield {"runtime": opened}
         finally:
+            lag.cancel()
             await asyncio.to_thread(opened.close)
 
     app = FastAPI(
@@ -80,6 +83,15 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
     for module in (predict, embeddings, comparison, tasks, control, releases, audit, keys, index, health):
         app.include_router(module.router)
     return app
+
+
+async def _measure_lag(metrics: Metrics) -> None:
+    """How late the loop comes to what is due."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_s = loop.time() + _LAG_EVERY_S
+        await asyncio.sleep(_LAG_EVERY_S)
+        metrics.lagged(max(0.0, loop.time() - due_s))
 
 
 def open_runtime(settings: Settings) -> Runtime:
@@ -105,7 +117,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     beginning = find_beginning(following, registry.last_good)
     check_host(settings, beginning is not None and bool(beginning.view.keys))
     metrics = Metrics()
-    loader = _open_loader(settings, beginning, store)
+    loader = _open_loader(settings, beginning, store, metrics)
     opened.callback(loader.engine.close)
     follower = Follower(
         following,
@@ -119,7 +131,9 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         most_others=settings.pinned_versions,
         revive=registry.revive,
     )
-    spec = loader.engine.spec
+    engine, spec = loader.engine, loader.engine.spec
+    on_device = engine.device_bytes() is not None
+    metrics.watch(lambda: engine.queue_rows, (lambda: engine.device_bytes() or 0) if on_device else None)
     metrics.built(
         {"version": health.software_version(), "model": spec.name, "device": spec.device, "dtype": spec.dtype}
     )
@@ -134,7 +148,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     opened.callback(notes.close)
     workers = ThreadPoolExecutor(settings.tokenization_workers, thread_name_prefix="tokenizer")
     opened.callback(workers.shutdown, cancel_futures=True)
-    admission = Admission(settings.max_concurrent_requests)
+    admission = Admission(settings.max_concurrent_requests, metrics.rejected)
     limits = Limits(settings.max_client_batch_size, settings.deadline_ms, settings.answer_cache_bytes)
     inference = InferenceService(
         loader.engine,
@@ -276,7 +290,7 @@ class Server(uvicorn.Server):
 def _middleware(settings: Settings) -> list[Middleware]:
     """Outermost first: CORS headers also stand on errors, and the border sees what the body's limit raises."""
     inner = [
-        Middleware(Border),
+        Middleware(Border, logs_requests=settings.log_requests),
         Middleware(Gatekeeper),
         Middleware(Body, limit_bytes=settings.payload_limit_bytes, artifact_limit_bytes=settings.artifact_limit_bytes),
         Middleware(Shortcut, routes=[*predict.router.routes, *embeddings.router.routes]),
@@ -288,12 +302,12 @@ def _middleware(settings: Settings) -> list[Middleware]:
     return [Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], max_age=600), *inner]
 
 
-def _open_loader(settings: Settings, beginning: Beginning | None, store: ArtifactStore) -> Loader:
+def _open_loader(settings: Settings, beginning: Beginning | None, store: ArtifactStore, metrics: Metrics) -> Loader:
     """dtype auto keeps a 16-bit type only where golden examples of what will be live show that it is exact enough."""
     _, dtype = choose(settings.device, settings.dtype)
     if settings.dtype != "auto" or dtype == "float32":
-        return _load(settings, dtype)
-    loader = _load(settings, dtype)
+        return _load(settings, dtype, metrics)
+    loader = _load(settings, dtype, metrics)
     measured = loader.worst_difference(list(live_folders(beginning, store, settings.prefixes)))
     told = "there are no golden examples" if measured is None else f"golden scores differ by up to {measured:.2g}"
     if measured is not None and measured <= HALF_TOLERANCE:
@@ -302,10 +316,10 @@ def _open_loader(settings: Settings, beginning: Beginning | None, store: Artifac
     logger.info("dtype auto takes float32: in %s %s", dtype, told)
     loader.engine.close()
     del loader  # two backbones need not fit
-    return _load(settings, "float32")
+    return _load(settings, "float32", metrics)
 
 
-def _load(settings: Settings, dtype: str) -> Loader:
+def _load(settings: Settings, dtype: str, metrics: Metrics) -> Loader:
     backbone = Backbone.load(settings.model, settings.device, dtype)
     backbone.release_layers()
     tokenizer = TextTokenizer(backbone.path)
@@ -314,6 +328,7 @@ def _load(settings: Settings, dtype: str) -> Loader:
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_rows=settings.max_batch_rows,
         max_queue_delay_ms=settings.max_queue_delay_ms,
+        observe=metrics.ran,
     )
     engine.start()
     return Loader(engine, tokenizer)

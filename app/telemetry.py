@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
+import queue
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from logging.handlers import QueueHandler, QueueListener
 from typing import Literal
 
 from prometheus_client import (
@@ -16,25 +20,56 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Info,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from app.domain import BatchReport
+
 # Otherwise each counter and histogram has a second series beside it, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
+ACCESS = "manifold.access"  # the logger with a line a request
+_MOST_LINES = 10_000  # that wait to be written
 _LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PROPAGATION_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
+_REQUEST_BUCKETS_S = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.02,
+    0.035,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+)
+_STAGE_BUCKETS_S = (
+    *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: time (UTC), level, logger, message; request_id and exception where there is one."""
+    """A JSON object a line: time (UTC), level, logger, message; request_id, fields and exception where there are."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
+        line: dict[str, object] = {
             "time": f"{moment}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -43,6 +78,7 @@ class JsonFormatter(logging.Formatter):
         request_id = getattr(record, "request_id", None)
         if request_id is not None:
             line["request_id"] = request_id
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
@@ -56,6 +92,27 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
+    access = logging.getLogger(ACCESS)
+    access.handlers[:] = [_Aside(handler)]
+    access.propagate = False
+
+
+class _Aside(QueueHandler):
+    """Writes on a thread of its own, so that a slow reader of the log holds no answer up; what it cannot keep up with
+    is dropped."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__(queue.Queue(_MOST_LINES))
+        listener = QueueListener(self.queue, handler)
+        listener.start()
+        atexit.register(listener.stop)
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        return record  # it stays in this process
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
 
 
 class Metrics:
@@ -67,6 +124,8 @@ class Metrics:
         self._clock = clock
         self._contact_s = clock()
         self._add_requests()
+        self._add_engine()
+        self._add_process()
         self._add_versions()
         self._add_index()
         self._build = Info("manifold_build", "The software and what it runs on.", registry=self._registry)
@@ -80,6 +139,18 @@ class Metrics:
     def _add_requests(self) -> None:
         counter = partial(Counter, registry=self._registry)
         self._requests = counter("manifold_requests_total", "Requests, by route and status code.", ("route", "code"))
+        self._request_duration = Histogram(
+            "manifold_request_duration_seconds",
+            "Time from a request's arrival to its answer's first byte, by route.",
+            ("route",),
+            buckets=_REQUEST_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._rejected = counter(
+            "manifold_rejected_total",
+            "Requests that were turned away before any work: full, draining, deadline.",
+            ("reason",),
+        )
         self._predictions = counter(
             "manifold_predictions_total",
             "Answers of task versions, by why they were asked and whether they succeeded.",
@@ -101,9 +172,13 @@ class Metrics:
             "manifold_answer_cache_bytes", "Memory that the cached answers take.", registry=self._registry
         )
 
-    def answered(self, route: str, code: int) -> None:
+    def answered(self, route: str, code: int, duration_s: float) -> None:
         """`route` is the template (`/v1/tasks/{task}`), never the path that was asked for."""
         self._requests.labels(route, str(code)).inc()
+        self._request_duration.labels(route).observe(duration_s)
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(reason).inc()
 
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
@@ -119,6 +194,69 @@ class Metrics:
 
     def rolled_back(self, task: str, cause: str) -> None:
         self._rollbacks.labels(task, cause).inc()
+
+    # -- the engine ----------------------------------------------------------------------------------------------------
+
+    def _add_engine(self) -> None:
+        histogram = partial(Histogram, registry=self._registry)
+        self._stages = histogram(
+            "manifold_stage_duration_seconds",
+            "Time of a stage: of a request (tokenize, queue) or of a batch (collate, forward, heads).",
+            ("stage",),
+            buckets=_STAGE_BUCKETS_S,
+        )
+        self._batch_rows = histogram("manifold_batch_rows", "Rows of a batch.", buckets=_ROW_BUCKETS)
+        self._batch_tokens = histogram("manifold_batch_tokens", "Padded tokens of a batch.", buckets=_TOKEN_BUCKETS)
+        counter = partial(Counter, registry=self._registry)
+        self._passes = counter(
+            "manifold_passes_total",
+            "Bare forwards of the encoder that a task's answers cost, its part of them.",
+            ("task",),
+        )
+        self._device_time = counter(
+            "manifold_device_seconds_total",
+            "The device's time that a task version used: its part of each batch, by rows x tokens.",
+            ("task", "version"),
+        )
+
+    def staged(self, stage: str, duration_s: float) -> None:
+        self._stages.labels(stage).observe(duration_s)
+
+    def ran(self, report: BatchReport) -> None:
+        """One batch of the engine."""
+        for stage, duration_s in (
+            ("collate", report.collate_s),
+            ("forward", report.forward_s),
+            ("heads", report.heads_s),
+        ):
+            self.staged(stage, duration_s)
+        self._batch_rows.observe(report.rows)
+        self._batch_tokens.observe(report.tokens)
+        for (task, version), share in report.shares.items():
+            self._passes.labels(task).inc(share * report.passes)
+            self._device_time.labels(task, str(version)).inc(share * report.forward_s)
+
+    def watch(self, queue_rows: Callable[[], int], device_bytes: Callable[[], int] | None) -> None:
+        """What is read when somebody asks. `device_bytes`: None where the device has no memory of its own."""
+        gauge = Gauge("manifold_queue_rows", "Rows that wait for a batch.", registry=self._registry)
+        gauge.set_function(queue_rows)
+        if device_bytes is not None:
+            memory = Gauge("manifold_device_memory_bytes", "Memory taken on the device.", registry=self._registry)
+            memory.set_function(device_bytes)
+
+    # -- the process ---------------------------------------------------------------------------------------------------
+
+    def _add_process(self) -> None:
+        ProcessCollector(registry=self._registry)
+        self._lag = Histogram(
+            "manifold_event_loop_lag_seconds",
+            "How late the event loop woke for what it had to do at a set time.",
+            buckets=_LAG_BUCKETS_S,
+            registry=self._registry,
+        )
+
+    def lagged(self, duration_s: float) -> None:
+        self._lag.observe(duration_s)
 
     # -- versions ------------------------------------------------------------------------------------------------------
 
@@ -147,7 +285,9 @@ class Metrics:
 
     def forget(self, task: str, version: int) -> None:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""
-        self._predictions.remove_by_labels({"task": task, "version": str(version)})
+        labels = {"task": task, "version": str(version)}
+        self._predictions.remove_by_labels(labels)
+        self._device_time.remove_by_labels(labels)
 
     # -- the index -----------------------------------------------------------------------------------------------------
 

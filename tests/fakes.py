@@ -262,7 +262,8 @@ def make_runtime(
     observer: FakeObserver | None = None,
 ) -> Runtime:
     engine = engine if engine is not None else FakeEngine()
-    admission, metrics = Admission(settings.max_concurrent_requests), Metrics()
+    metrics = Metrics()
+    admission = Admission(settings.max_concurrent_requests, metrics.rejected)
     catalog = Catalog(snapshot or make_snapshot(), SPEC.num_layers)
     workers = ThreadPoolExecutor(settings.tokenization_workers, thread_name_prefix="tokenizer")
     inference = InferenceService(

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.domain import BatchReport
 from app.telemetry import Metrics, configure_logging
 
 
@@ -85,9 +86,14 @@ def samples(metrics: Metrics) -> dict[str, float]:
 def exercised(metrics: Metrics) -> Metrics:
     """Everything was counted once."""
     metrics.built({"version": "0.1.0", "model": "all-MiniLM-L6-v2"})
-    metrics.answered("/v1/predict", 200)
+    metrics.answered("/v1/predict", 200, 0.02)
     metrics.predicted("spam", 3, "champion", "ok", 2)
     metrics.looked_up(4, 5, 6_000)
+    metrics.rejected("full")
+    metrics.staged("queue", 0.003)
+    metrics.ran(BatchReport(3, 96, 0.0001, 0.02, 0.001, {("spam", 3): 0.75, ("tone", 1): 0.25}, passes=2.0))
+    metrics.watch(lambda: 5, lambda: 1_000)
+    metrics.lagged(0.002)
     metrics.disagreed("spam", 3)
     metrics.rolled_back("spam", "gate")
     metrics.loaded(0.02)
@@ -104,6 +110,20 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_build_info{model=all-MiniLM-L6-v2,version=0.1.0}": 1.0,
         "manifold_requests_total{code=200,route=/v1/predict}": 1.0,
         "manifold_predictions_total{arm=champion,outcome=ok,task=spam,version=3}": 2.0,
+        "manifold_request_duration_seconds_count{route=/v1/predict}": 1.0,
+        "manifold_rejected_total{reason=full}": 1.0,
+        "manifold_stage_duration_seconds_count{stage=queue}": 1.0,
+        "manifold_stage_duration_seconds_sum{stage=collate}": 0.0001,
+        "manifold_stage_duration_seconds_sum{stage=forward}": 0.02,
+        "manifold_stage_duration_seconds_sum{stage=heads}": 0.001,
+        "manifold_batch_rows_sum": 3.0,
+        "manifold_batch_tokens_sum": 96.0,
+        "manifold_passes_total{task=spam}": 1.5,
+        "manifold_device_seconds_total{task=spam,version=3}": 0.015,
+        "manifold_device_seconds_total{task=tone,version=1}": 0.005,
+        "manifold_queue_rows": 5.0,
+        "manifold_device_memory_bytes": 1000.0,
+        "manifold_event_loop_lag_seconds_count": 1.0,
         "manifold_answer_cache_hits_total": 4.0,
         "manifold_answer_cache_misses_total": 5.0,
         "manifold_answer_cache_bytes": 6000.0,
@@ -119,7 +139,11 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_swap_propagation_seconds_count": 1.0,
         "manifold_swap_propagation_seconds_sum": 0.03,
     }
-    assert {name: value for name, value in found.items() if "_bucket" not in name} == expected
+    assert {name: found.get(name) for name in expected} == expected
+    assert found["process_resident_memory_bytes"] > 0
+    stems = {name.split("{")[0] for name in found if name.startswith("manifold_")}
+    counted = {stem for stem in stems if not stem.endswith(("_bucket", "_sum", "_count"))}
+    assert counted == {name.split("{")[0] for name in expected if not name.split("{")[0].endswith(("_sum", "_count"))}
 
 
 def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
@@ -127,8 +151,12 @@ def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
         for arm in ("champion", "shadow"):
             metrics.predicted("spam", version, arm, "ok")
     metrics.predicted("intent", 1, "champion", "error")
+    metrics.ran(BatchReport(1, 16, 0.0, 0.02, 0.0, {("spam", 1): 0.5, ("spam", 11): 0.5}, passes=1.0))
     metrics.forget("spam", 1)
     metrics.forget("spam", 2)  # never asked for
+    assert [name for name in samples(metrics) if "device_seconds" in name] == [
+        "manifold_device_seconds_total{task=spam,version=11}"
+    ]
     found = {name for name in samples(metrics) if name.startswith("manifold_predictions_total")}
     assert found == {
         "manifold_predictions_total{arm=champion,outcome=ok,task=spam,version=11}",
@@ -157,7 +185,7 @@ def test_staleness_grows_by_itself_while_the_index_is_gone(metrics: Metrics, clo
 
 def test_two_servers_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
-    one.answered("/v1/predict", 200)
+    one.answered("/v1/predict", 200, 0.02)
     assert not any(name.startswith("manifold_requests_total") for name in samples(other))
 
 

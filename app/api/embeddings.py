@@ -28,6 +28,7 @@ async def embed(body: EmbeddingsRequest, request: Request) -> Response:
     """A vector of length 1 for each text, in OpenAI's shape: their clients work against it."""
     inference: InferenceService = request.state.runtime.inference
     embeddings = await inference.embed(body.texts(), body.model, body.truncate, body.dimensions)
+    request.state.said = embeddings
     tokens = embeddings.usage.tokens
     answer = {
         "object": "list",

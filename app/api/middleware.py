@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.access_log import log_request
 from app.api.errors import error_response
 from app.config import is_loopback
 from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
@@ -33,8 +34,9 @@ _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 class Border:
     """Gives each request an id (the caller's where it is sane) and its time; every exception becomes an answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, logs_requests: bool = False) -> None:
         self.app = app
+        self.logs_requests = logs_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,8 +50,11 @@ class Border:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
-                _count(scope, message["status"])
-                total = milliseconds(time.monotonic() - began_s)
+                duration_s = time.monotonic() - began_s
+                _count(scope, message["status"], duration_s)
+                if self.logs_requests and scope["path"] not in _FREE:
+                    log_request(scope, message["status"], duration_s)
+                total = milliseconds(duration_s)
                 stamps = (b"x-request-id", request_id.encode()), (b"x-total-time", total.encode())
                 message = {**message, "headers": [*message["headers"], *stamps]}
             await send(message)
@@ -214,11 +219,11 @@ def asked(scope: Scope) -> str:
     return f"{scope['method']} {scope['path'][:200]}"
 
 
-def _count(scope: Scope, status: int) -> None:
+def _count(scope: Scope, status: int, duration_s: float) -> None:
     """By the route's template, so that there are only so many."""
     route = scope.get("route")
     metrics: Metrics = scope["state"]["runtime"].metrics
-    metrics.answered(str(getattr(route, "path", "none")), status)
+    metrics.answered(str(getattr(route, "path", "none")), status, duration_s)
 
 
 def milliseconds(duration_s: float) -> str:

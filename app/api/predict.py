@@ -35,6 +35,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
         request_id=request_id,
         principal=request.state.principal,
     )
+    request.state.said = prediction
     answer = {
         "request_id": request_id,
         "model": runtime.engine.spec.name,

@@ -141,6 +141,25 @@ def lay_out(
     )
 
 
+def shares(batch: Batch) -> dict[str, float]:
+    """Each version's part of a batch by its digest, in rows × tokens × layers; they add up to 1.
+
+    Who reads a row pays for it in equal parts; the trunk is paid for by those whose branches fork from it, too.
+    """
+    costs: dict[str, float] = {}
+    for cohort in batch.cohorts:
+        from_trunk = [index for block in cohort.blocks if block.row.from_trunk for index in block.row.reads]
+        for number, block in enumerate(cohort.blocks):
+            readers = {*block.row.reads, *(from_trunk if number == 0 and not block.row.from_trunk else ())}
+            layers = block.row.stop_layer - block.row.start_layer
+            cost = block.size * layers * (batch.num_tokens + block.virtual_tokens(block.row.stop_layer - 1))
+            for index in readers:
+                digest = cohort.residents[index].version.digest
+                costs[digest] = costs.get(digest, 0.0) + cost / len(readers)
+    whole = sum(costs.values())
+    return {digest: cost / whole for digest, cost in costs.items()} if whole else {}
+
+
 def _group(works: Sequence[Work], most: int) -> list[list[Work]]:
     """Works that ask for the same versions, at most `most` together."""
     alike: dict[tuple[str, ...], list[Work]] = {}

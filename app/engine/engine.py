@@ -14,16 +14,17 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from app.domain import EngineRequest, EngineResult, Plan, TaskOutput
+import torch
+
+from app.domain import BatchReport, EngineRequest, EngineResult, Plan, TaskOutput
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
-from app.engine.batch import Batch, Work, lay_out
-from app.engine.forward import begin_batch
+from app.engine.batch import Batch, Work, lay_out, shares
+from app.engine.forward import Begun, begin_timed
 from app.engine.graphs import TrunkGraphs
 from app.engine.plan import make_plan, split_plan
 from app.engine.prefix_bank import PrefixBank
 from app.engine.scheduler import Scheduler
-from app.engine.scoring import Scores
 from app.errors import DeadlineError, EngineError, ManifoldError, UnavailableError, UnservableError
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,9 @@ class _Begun:
 
     shared: list[tuple[Work, list[_Item]]]  # what runs, and for whom
     batch: Batch
-    scores: Scores
+    running: Begun
     started_s: float
+    collate_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ class Engine:
         max_batch_rows: int | None = None,
         max_queue_delay_ms: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[BatchReport], None] | None = None,
     ) -> None:
+        """`observe` is told of each batch behind its answers, on the engine's thread."""
         self.backbone = backbone
         self.spec = backbone.spec
         self.bank = PrefixBank(backbone.device, backbone.dtype)
@@ -115,6 +119,7 @@ class Engine:
         self._graphs = TrunkGraphs(backbone) if backbone.device.type == "cuda" else None
         self._begun: _Begun | None = None
         self._clock = clock
+        self._observe = observe
         self._life = _Life()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -141,6 +146,12 @@ class Engine:
     def queue_rows(self) -> int:
         """Rows that wait for a batch."""
         return self._scheduler.num_rows
+
+    def device_bytes(self) -> int | None:
+        """Memory taken on the device; None where it has none of its own."""
+        if self.backbone.device.type != "cuda":
+            return None
+        return int(torch.cuda.memory_allocated(self.backbone.device))
 
     def load(self, artifact: Artifact) -> object:
         """Make a version resident, off the engine's thread: new tensors, no batch waits.
@@ -272,14 +283,19 @@ class Engine:
         with _failing(items):
             shared = _share(items, self.spec.num_layers)
             batch = lay_out([work for work, _ in shared], self.spec.num_layers, self._chunk_tokens, self._graphs)
-            begun = _Begun(shared, batch, begin_batch(batch, self.backbone, self._graphs), started_s)
+            collate_s = self._clock() - started_s
+            running = begin_timed(batch, self.backbone, self._graphs)
+            begun = _Begun(shared, batch, running, started_s, collate_s)
         return begun
 
     def _finish(self, begun: _Begun) -> None:
         items = [item for _, members in begun.shared for item in members]
         with _failing(items):
-            outputs = begun.scores.outputs()
+            forward_s = begun.running.forward_s()
+            arrived_s = self._clock()
+            outputs = begun.running.scores.outputs()
             elapsed_s = self._clock() - begun.started_s
+            heads_s = begun.running.heads_s + self._clock() - arrived_s
             for ticket in {id(item.ticket): item.ticket for item in items}.values():
                 ticket.inference_s += elapsed_s
             of_work = {id(work): out for work, out in zip(begun.batch.works, outputs, strict=True)}
@@ -288,6 +304,27 @@ class Engine:
                 found = dict(zip(digests, of_work[id(work)], strict=True))
                 for item in members:
                     _deliver(item, found)
+            self._report(begun, items, forward_s, heads_s)
+
+    def _report(self, begun: _Begun, items: Sequence[_Item], forward_s: float, heads_s: float) -> None:
+        """Behind the answers, and never their fault."""
+        if self._observe is None:
+            return
+        names = {v.digest: (v.task, v.version) for item in items for v in item.work.plan.versions}
+        batch = begun.batch
+        report = BatchReport(
+            rows=batch.num_rows,
+            tokens=batch.num_rows * batch.num_tokens,
+            collate_s=begun.collate_s,
+            forward_s=forward_s,
+            heads_s=heads_s,
+            shares={names[digest]: share for digest, share in shares(batch).items()},
+            passes=sum(work.plan.passes for work in batch.works),
+        )
+        try:
+            self._observe(report)
+        except Exception:
+            log.exception("a batch could not be reported")
 
     def _fail_waiting(self, error: ManifoldError) -> None:
         for item in self._scheduler.drain():

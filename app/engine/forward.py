@@ -5,6 +5,7 @@ Knows tensors and the batch's layout; nothing of requests, queues or threads.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,38 @@ def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
 @torch.inference_mode()
 def begin_batch(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Scores:
     """Hand a batch to the device: a CPU has computed it on return, a CUDA device computes while others are prepared."""
-    return score(batch, run_layers(batch, backbone, graphs))
+    return begin_timed(batch, backbone, graphs).scores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """A batch that the device has been given, and what tells how long its layers take."""
+
+    scores: Scores
+    layers_s: float  # until the layers were handed over; on a CPU, computed
+    heads_s: float  # the same of the heads
+    started: torch.cuda.Event | None
+
+    def forward_s(self) -> float:
+        """Waits for the device. On a CUDA device its own time, heads included."""
+        arrived = self.scores.wait()
+        if self.started is None or arrived is None:
+            return self.layers_s
+        return float(self.started.elapsed_time(arrived)) / 1000
+
+
+@torch.inference_mode()
+def begin_timed(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Begun:
+    """`begin_batch`, with times."""
+    began_s = time.perf_counter()
+    started = None
+    if backbone.device.type == "cuda":
+        started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        started.record()
+    pieces = run_layers(batch, backbone, graphs)
+    layers_s = time.perf_counter() - began_s
+    scores = score(batch, pieces)
+    return Begun(scores, layers_s, time.perf_counter() - began_s - layers_s, started)
 
 
 def run_layers(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Pieces:

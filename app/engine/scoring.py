@@ -56,6 +56,12 @@ class Scores:
         self._scored = scored
         self._flat, self._arrived = _to_host([part.scores for part in scored])
 
+    def wait(self) -> torch.cuda.Event | None:
+        """Until they are on the host. Returns what a CUDA device recorded then; None: they never were elsewhere."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._arrived
+
     def outputs(self) -> list[tuple[TaskOutput, ...]]:
         """The outputs of each work of `batch.works`, in the order of its plan's versions."""
         columns = self._columns()
@@ -68,8 +74,7 @@ class Scores:
 
     def _columns(self) -> dict[tuple[int, int], list[TaskOutput]]:
         """(cohort, version) → an output for each of its texts."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.wait()
         values, all_finite = _nested(self._flat, [part.scores for part in self._scored])
         columns: dict[tuple[int, int], list[TaskOutput]] = {}
         for part, of_versions in zip(self._scored, values, strict=True):
@@ -137,7 +142,7 @@ def _to_host(scores: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]
     if flat.device.type == "cpu":
         return flat, None
     host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    arrived = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     arrived.record()
     return host, arrived
 

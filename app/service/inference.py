@@ -241,9 +241,15 @@ class InferenceService:
         deadline_s = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.wrap_future(self._dispatcher.submit(readings, truncate, deadline_s))
-        except TimeoutError as error:
+                computed = await asyncio.wrap_future(self._dispatcher.submit(readings, truncate, deadline_s))
+        except (TimeoutError, DeadlineError) as error:
+            self._metrics.rejected("deadline")
+            if isinstance(error, DeadlineError):
+                raise
             raise DeadlineError(f"the deadline of {self._limits.deadline_ms:g} ms passed first") from error
+        self._metrics.staged("tokenize", computed.tokenization_s)
+        self._metrics.staged("queue", computed.result.queue_s)
+        return computed
 
     def _take_in(self, computed: Computed) -> None:
         for (reading, plan), outputs in zip(computed.plans, computed.result.outputs, strict=True):

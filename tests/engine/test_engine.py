@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import app.engine.engine as engine_module
-from app.domain import EngineRequest, TaskVersion
+from app.domain import BatchReport, EngineRequest, TaskVersion
 from app.engine.engine import Engine
 from app.engine.linear import LinearBank
 from app.engine.plan import make_plan
@@ -46,7 +46,7 @@ class _Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self._open = threading.Event(), threading.Event()
         self.batches: list[int] = []
-        real = engine_module.begin_batch
+        real = engine_module.begin_timed
 
         def held(batch, backbone, graphs):  # type: ignore[no-untyped-def]
             self.batches.append(len(batch.works))
@@ -54,7 +54,7 @@ class _Gate:
             assert self._open.wait(30)
             return real(batch, backbone, graphs)
 
-        monkeypatch.setattr(engine_module, "begin_batch", held)
+        monkeypatch.setattr(engine_module, "begin_timed", held)
 
     def open(self) -> None:
         self._open.set()
@@ -104,7 +104,7 @@ def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "begin_batch", explode)
+        patch.setattr(engine_module, "begin_timed", explode)
         with pytest.raises(EngineError, match="batch that this request was in failed"):
             engine.submit(_request(engine, version)).result(timeout=10)
     assert engine.alive
@@ -120,7 +120,7 @@ def test_when_the_thread_dies_in_a_batch_its_requests_are_told(
     def die(batch, backbone, graphs):  # type: ignore[no-untyped-def]
         raise SystemExit("device lost")
 
-    monkeypatch.setattr(engine_module, "begin_batch", die)
+    monkeypatch.setattr(engine_module, "begin_timed", die)
     with pytest.raises(UnavailableError, match="died while it computed"):
         engine.submit(_request(engine, version)).result(timeout=10)
 
@@ -341,3 +341,29 @@ def test_while_a_device_computes_the_next_batch_is_begun(monkeypatch: pytest.Mon
         assert all(output.error is None for output in outputs)
     finally:
         engine.close()
+
+
+# -- whoever watches ---------------------------------------------------------------------------------------------------
+
+
+def test_each_batch_is_reported_behind_its_answers(make_engine: MakeEngine) -> None:
+    reports: list[BatchReport] = []
+    engine = make_engine(observe=reports.append)
+    version = _load(engine, "task")
+    engine.submit(_request(engine, version)).result(timeout=10)
+    _wait_until(lambda: len(reports) == 1)
+    (report,) = reports
+    assert report.rows == 1 and report.tokens >= 1 and report.passes == 1.0
+    assert min(report.collate_s, report.forward_s, report.heads_s) > 0
+    assert report.shares == {(version.task, version.version): 1.0}
+
+
+def test_a_watcher_that_breaks_breaks_nobody_else(make_engine: MakeEngine) -> None:
+    def break_down(report: BatchReport) -> None:
+        raise RuntimeError("out of ink")
+
+    engine = make_engine(observe=break_down)
+    version = _load(engine, "task")
+    for _ in range(2):
+        assert engine.submit(_request(engine, version)).result(timeout=10).outputs[0][0].error is None
+    assert engine.alive

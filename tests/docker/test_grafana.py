@@ -1,0 +1,149 @@
+"""Dashboards: Grafana can load them, they ask for what there is, and each panel says what it means."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.docker.files import (
+    DASHBOARDS,
+    DOCKER,
+    PROMETHEUS,
+    README,
+    RECORDED,
+    SERVICES,
+    expressions,
+    filled_in,
+    needs_promtool,
+    panels,
+    promtool,
+    read_yaml,
+    titles,
+)
+from tests.docker.known import LABELS, series
+from tests.docker.promql import names
+
+PROVISIONING = DOCKER / "grafana" / "provisioning"
+SOURCE = {"type": "prometheus", "uid": "prometheus"}
+GRAFANAS_OWN = {"__rate_interval", "__range"}
+every_dashboard = pytest.mark.parametrize("name", DASHBOARDS)
+
+
+def mounted(service: str) -> dict[str, str]:
+    """Path on the host by path in the container."""
+    volumes = [volume.split(":") for volume in SERVICES[service]["volumes"]]
+    return {volume[1]: volume[0] for volume in volumes}
+
+
+def unit(panel: dict[str, Any]) -> str | None:
+    if panel["type"] == "heatmap":
+        return panel["options"]["yAxis"].get("unit")
+    return panel["fieldConfig"]["defaults"].get("unit")
+
+
+def test_there_are_three_and_grafana_can_tell_them_apart() -> None:
+    assert set(DASHBOARDS) == {"overview", "tasks", "engine"}
+    assert len({dashboard["uid"] for dashboard in DASHBOARDS.values()}) == 3
+    assert len({dashboard["title"] for dashboard in DASHBOARDS.values()}) == 3
+    assert all(dashboard["schemaVersion"] >= 39 for dashboard in DASHBOARDS.values())
+    assert all("id" not in dashboard for dashboard in DASHBOARDS.values())  # Grafana gives it
+
+
+@every_dashboard
+def test_ids_are_unique_and_panels_do_not_overlap(name: str) -> None:
+    laid = DASHBOARDS[name]["panels"]
+    assert len({panel["id"] for panel in laid}) == len(laid)
+    taken: set[tuple[int, int]] = set()
+    for panel in laid:
+        place = panel["gridPos"]
+        assert place["x"] >= 0 and place["x"] + place["w"] <= 24
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+@every_dashboard
+def test_every_panel_asks_something_and_says_what_it_means(name: str) -> None:
+    for panel in panels(name):
+        title = panel["title"]
+        assert panel["targets"] and all(target["expr"] for target in panel["targets"]), title
+        assert [target["datasource"] for target in panel["targets"]] == [SOURCE] * len(panel["targets"]), title
+        assert panel["datasource"] == SOURCE, title
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]), title
+        assert len(panel["description"]) > 20 and panel["description"].endswith("."), title
+        assert panel["type"] == "table" or unit(panel), title
+
+
+@every_dashboard
+def test_every_expression_asks_for_metrics_that_exist(name: str) -> None:
+    notes = [note["expr"] for note in DASHBOARDS[name]["annotations"]["list"] if "expr" in note]
+    for expression in [*expressions(name), *notes]:
+        found = names(expression)
+        assert found.metrics and found.metrics <= series() | set(RECORDED), expression
+        assert found.labels <= LABELS, expression
+
+
+@every_dashboard
+def test_variables_are_defined_used_and_read_from_metrics(name: str) -> None:
+    defined = {variable["name"]: variable for variable in DASHBOARDS[name]["templating"]["list"]}
+    used = {variable for expression in expressions(name) for variable in re.findall(r"\$(\w+)", expression)}
+    assert used - GRAFANAS_OWN == set(defined)
+    for variable in defined.values():
+        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"])
+        assert asked is not None and variable["query"]["query"] == variable["definition"]
+        assert names(asked[1]).metrics <= series() and asked[2] in LABELS
+        assert variable["datasource"] == SOURCE
+
+
+def test_tasks_can_be_chosen() -> None:
+    assert "task" in {variable["name"] for variable in DASHBOARDS["tasks"]["templating"]["list"]}
+
+
+@pytest.mark.parametrize("name", ["overview", "engine"])
+def test_the_slow_stage_is_seen(name: str) -> None:
+    found = {panel["title"]: panel["targets"][0]["expr"] for panel in panels(name)}
+    for title in ("Time by stage", "Share of each stage"):
+        asked = names(found[title])
+        assert asked.metrics == {"manifold_stage_duration_seconds_sum", "manifold_stage_duration_seconds_count"}
+        assert "stage" in asked.labels
+
+
+def test_the_readme_names_panels_as_they_are() -> None:
+    told = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", README))
+    assert told and told <= titles()
+
+
+@needs_promtool
+def test_promtool_can_read_every_expression(tmp_path: Path) -> None:
+    asked = [filled_in(expression) for name in DASHBOARDS for expression in expressions(name)]
+    rules = [{"record": f"panel:{number}", "expr": expression} for number, expression in enumerate(asked)]
+    path = tmp_path / "panels.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}), "utf-8")
+    promtool("check", "rules", str(path))
+
+
+# -- provisioning ------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_is_the_prometheus_beside_it() -> None:
+    (source,) = read_yaml(PROVISIONING / "datasources" / "prometheus.yml")["datasources"]
+    assert {"type": source["type"], "uid": source["uid"]} == SOURCE
+    assert source["url"] == "http://prometheus:9090" and source["isDefault"] is True
+    interval = read_yaml(PROMETHEUS / "prometheus.yml")["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == interval
+
+
+def test_grafana_finds_the_dashboards_and_begins_with_the_overview() -> None:
+    (provider,) = read_yaml(PROVISIONING / "dashboards" / "manifold.yml")["providers"]
+    folder = provider["options"]["path"]
+    assert mounted("grafana")[folder] == "./docker/grafana/dashboards"
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{folder}/overview.json"
+    assert {path for path in mounted("grafana") if "provisioning" in path} == {
+        "/etc/grafana/provisioning/datasources",
+        "/etc/grafana/provisioning/dashboards",
+    }
