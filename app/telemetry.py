@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from logging.handlers import QueueHandler, QueueListener
-from typing import Literal
+from typing import Literal, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,8 +25,6 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-
-from app.domain import BatchReport
 
 # Otherwise each counter and histogram has a second series beside it, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -113,6 +111,25 @@ class _Aside(QueueHandler):
     def enqueue(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(queue.Full):
             self.queue.put_nowait(record)
+
+
+class Batch(Protocol):
+    """What is counted of one batch of the engine."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def collate_s(self) -> float: ...
+    @property
+    def forward_s(self) -> float: ...
+    @property
+    def heads_s(self) -> float: ...
+    @property
+    def shares(self) -> Mapping[tuple[str, int], float]: ...
+    @property
+    def passes(self) -> float: ...
 
 
 class Metrics:
@@ -222,7 +239,7 @@ class Metrics:
     def staged(self, stage: str, duration_s: float) -> None:
         self._stages.labels(stage).observe(duration_s)
 
-    def ran(self, report: BatchReport) -> None:
+    def ran(self, report: Batch) -> None:
         """One batch of the engine."""
         for stage, duration_s in (
             ("collate", report.collate_s),

@@ -6,7 +6,6 @@ Elsewhere than glibc nothing happens.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
@@ -18,6 +17,7 @@ _TRIM_EVERY = 32  # new kernels
 
 _libc = ctypes.CDLL(None)
 _mallopt: Callable[[int, int], int] | None = getattr(_libc, "mallopt", None)
+_setenv: Callable[[bytes, bytes, int], int] | None = getattr(_libc, "setenv", None)
 _malloc_trim: Callable[[int], int] | None = getattr(_libc, "malloc_trim", None)
 
 
@@ -42,8 +42,9 @@ class Kernels:
     def __init__(self) -> None:
         self._recent: OrderedDict[Hashable, None] = OrderedDict()
         self._num_new = 0
-        for name in _CACHES:  # read once, at oneDNN's first operator
-            os.environ.setdefault(name, str(_KERNELS))
+        if _setenv is not None:
+            for name in _CACHES:  # read once, at oneDNN's first operator; what is set already stays
+                _setenv(name.encode(), str(_KERNELS).encode(), 0)
 
     def use(self, shape: Hashable) -> None:
         """To be called before each product."""
