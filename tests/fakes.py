@@ -55,6 +55,7 @@ class FakeEngine:
 
     spec: BackboneSpec = SPEC
     alive: bool = True
+    max_batch_tokens: int = 16384
     holds: bool = False
     delay_s: float | None = None
     broken_tasks: set[str] = field(default_factory=set)  # these fail alone

@@ -62,7 +62,7 @@ async def info(runtime: CurrentRuntime) -> Info:
         tasks=sorted(snapshot.tasks),
         representations=sorted(snapshot.representations),
         left_out=dict(runtime.catalog.left_out),
-        limits=_limits(runtime.settings),
+        limits=_limits(runtime.settings, runtime.engine.max_batch_tokens),
     )
 
 
@@ -77,5 +77,12 @@ def _backbone(spec: BackboneSpec) -> BackboneView:
     return BackboneView.model_validate(spec, from_attributes=True)
 
 
-def _limits(settings: Settings) -> LimitsView:
-    return LimitsView.model_validate(settings, from_attributes=True)
+def _limits(settings: Settings, max_batch_tokens: int) -> LimitsView:
+    """The engine's own number: where the setting is unset, the device decides."""
+    return LimitsView(
+        max_concurrent_requests=settings.max_concurrent_requests,
+        max_client_batch_size=settings.max_client_batch_size,
+        payload_limit_bytes=settings.payload_limit_bytes,
+        deadline_ms=settings.deadline_ms,
+        max_batch_tokens=max_batch_tokens,
+    )

@@ -147,6 +147,11 @@ class Engine:
         """Rows that wait for a batch."""
         return self._scheduler.num_rows
 
+    @property
+    def max_batch_tokens(self) -> int:
+        """Padded tokens that one batch may hold."""
+        return self._scheduler.max_batch_tokens
+
     def device_bytes(self) -> int | None:
         """Memory taken on the device; None where it has none of its own."""
         if self.backbone.device.type != "cuda":

@@ -35,6 +35,9 @@ class EnginePort(Protocol):
     @property
     def queue_rows(self) -> int: ...
 
+    @property
+    def max_batch_tokens(self) -> int: ...
+
     def submit(self, request: EngineRequest) -> Future[EngineResult]:
         """Raises UnavailableError where the engine is dead or closed."""
         ...
