@@ -24,7 +24,8 @@ from tests.serving import ROOT, ServerProcess, running, wait_for
 
 ROWS = 128  # of a part, so that files need not be large
 COMMAND = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background may ignore it
 from app.client import bulk, bulk_source
 bulk.ROWS = bulk_source.ROWS = {ROWS}
 from app.cli import main
