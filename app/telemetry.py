@@ -250,6 +250,8 @@ class Metrics:
         self._batch_rows.observe(report.rows)
         self._batch_tokens.observe(report.tokens)
         for (task, version), share in report.shares.items():
+            if version == 0:  # it is being checked, and not live yet
+                continue
             self._passes.labels(task).inc(share * report.passes)
             self._device_time.labels(task, str(version)).inc(share * report.forward_s)
 

@@ -92,6 +92,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.rejected("full")
     metrics.staged("queue", 0.003)
     metrics.ran(BatchReport(3, 96, 0.0001, 0.02, 0.001, {("spam", 3): 0.75, ("tone", 1): 0.25}, passes=2.0))
+    metrics.ran(BatchReport(0, 0, 0.0, 0.0, 0.0, {("new", 0): 1.0}, passes=1.0))  # being loaded
     metrics.watch(lambda: 5, lambda: 1_000)
     metrics.lagged(0.002)
     metrics.disagreed("spam", 3)
