@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import logging
 import queue
@@ -96,11 +95,14 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
 
 
 class _Aside(QueueHandler):
-    """Writes on a thread of its own, so that a slow reader of the log holds no answer up; what it cannot keep up with
-    is dropped."""
+    """Writes on a thread of its own, so that a slow reader of the log holds no answer up.
+
+    Lines that it cannot keep up with are dropped, and the next one that finds room says how many.
+    """
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__(queue.Queue(_MOST_LINES))
+        self._num_dropped = 0
         listener = QueueListener(self.queue, handler)
         listener.start()
         atexit.register(listener.stop)
@@ -109,8 +111,15 @@ class _Aside(QueueHandler):
         return record  # it stays in this process
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(queue.Full):
+        try:
+            if self._num_dropped:
+                told = {"name": record.name, "levelno": logging.WARNING, "levelname": "WARNING"}
+                told["msg"] = f"{self._num_dropped} lines were dropped: the log is read too slowly"
+                self.queue.put_nowait(logging.makeLogRecord(told))
+                self._num_dropped = 0
             self.queue.put_nowait(record)
+        except queue.Full:
+            self._num_dropped += 1
 
 
 class Batch(Protocol):

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,15 +14,18 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from app import telemetry
 from app.domain import BatchReport
 from app.telemetry import Metrics, configure_logging
+from tests.serving import wait_for
 
 
 @pytest.fixture(autouse=True)
 def _root_logger_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root, access = logging.getLogger(), logging.getLogger(telemetry.ACCESS)
+    handlers, level, ours, propagates = root.handlers[:], root.level, access.handlers[:], access.propagate
     yield
+    access.handlers[:], access.propagate = ours, propagates
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -48,6 +52,26 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("text")
     logging.getLogger("manifold").info("ready")
     assert capsys.readouterr().err.endswith("INFO manifold: ready\n")
+
+
+def test_lines_that_a_slow_reader_loses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "_MOST_LINES", 2)
+    opens, written = threading.Event(), []
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert opens.wait(10)
+            written.append(record.getMessage())
+
+    aside = telemetry._Aside(Slow())
+    number = 0
+    while not aside._num_dropped:
+        aside.handle(logging.makeLogRecord({"name": "access", "msg": f"line {number}"}))
+        number += 1
+    opens.set()
+    wait_for(lambda: len(written) == number - 1)
+    aside.handle(logging.makeLogRecord({"name": "access", "msg": "the last"}))
+    wait_for(lambda: written[-2:] == ["1 lines were dropped: the log is read too slowly", "the last"])
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,14 @@ logger = logging.getLogger(ACCESS)
 
 
 def log_request(scope: Scope, status: int, duration_s: float) -> None:
+    """Never the reason that an answer fails."""
+    try:
+        _log(scope, status, duration_s)
+    except Exception:
+        logger.exception("a request could not be logged")
+
+
+def _log(scope: Scope, status: int, duration_s: float) -> None:
     """`said` of the request's state is the prediction or the embeddings, where there were any."""
     state, method, path = scope["state"], scope["method"], scope["path"][:200]
     fields: dict[str, object] = {

@@ -20,7 +20,7 @@ from app.domain import BatchReport, EngineRequest, EngineResult, Plan, TaskOutpu
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Work, lay_out, shares
-from app.engine.forward import Begun, begin_timed
+from app.engine.forward import Begun, begin_batch
 from app.engine.graphs import TrunkGraphs
 from app.engine.plan import make_plan, split_plan
 from app.engine.prefix_bank import PrefixBank
@@ -289,7 +289,7 @@ class Engine:
             shared = _share(items, self.spec.num_layers)
             batch = lay_out([work for work, _ in shared], self.spec.num_layers, self._chunk_tokens, self._graphs)
             collate_s = self._clock() - started_s
-            running = begin_timed(batch, self.backbone, self._graphs)
+            running = begin_batch(batch, self.backbone, self._graphs)
             begun = _Begun(shared, batch, running, started_s, collate_s)
         return begun
 

@@ -26,13 +26,7 @@ from app.engine.scoring import Pieces, Scores, score
 
 def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
     """The outputs of each work of `batch.works`, in the order of its plan's versions."""
-    return begin_batch(batch, backbone).outputs()
-
-
-@torch.inference_mode()
-def begin_batch(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Scores:
-    """Hand a batch to the device: a CPU has computed it on return, a CUDA device computes while others are prepared."""
-    return begin_timed(batch, backbone, graphs).scores
+    return begin_batch(batch, backbone).scores.outputs()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +47,8 @@ class Begun:
 
 
 @torch.inference_mode()
-def begin_timed(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Begun:
-    """`begin_batch`, with times."""
+def begin_batch(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = None) -> Begun:
+    """Hand a batch to the device: a CPU has computed it on return, a CUDA device computes while others are prepared."""
     began_s = time.perf_counter()
     started = None
     if backbone.device.type == "cuda":

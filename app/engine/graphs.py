@@ -6,6 +6,7 @@ Knows rows of token ids and layers; nothing of tasks, prefixes or requests.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from app.engine.attention import Segment, additive_mask
 from app.engine.backbone import Backbone
+
+log = logging.getLogger(__name__)
 
 MOST_TOKENS = 512  # of all rows; from there on the kernels take longer than their launches
 _STEP = 16  # tokens are padded to a multiple, so that few shapes serve all lengths
@@ -52,6 +55,7 @@ class TrunkGraphs:
         self._capture = capture if capture is not None else _Capturing()
         self._graphs: OrderedDict[_Shape, _Graph] = OrderedDict()
         self._seen: Counter[_Shape] = Counter()
+        self._is_possible = True
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -69,7 +73,7 @@ class TrunkGraphs:
         input_ids, token_type_ids: [rows, tokens]; text_mask: bool [rows, tokens], None: nothing is padded.
         """
         rows, tokens = input_ids.shape
-        if depth == 0 or rows * tokens > MOST_TOKENS:
+        if depth == 0 or rows * tokens > MOST_TOKENS or not self._is_possible:
             return None
         graph = self._graph(_Shape(rows, tokens, depth, text_mask is not None))
         if graph is None:
@@ -85,7 +89,8 @@ class TrunkGraphs:
     def warm(self, rows: Sequence[int], tokens: Sequence[int], depth: int) -> None:
         """Capture these shapes now, padded and not."""
         for shape in (_Shape(r, t, depth, padded) for r in rows for t in tokens for padded in (False, True)):
-            if shape.rows * shape.tokens <= MOST_TOKENS and shape.tokens <= self._backbone.spec.max_tokens:
+            fits = shape.rows * shape.tokens <= MOST_TOKENS and shape.tokens <= self._backbone.spec.max_tokens
+            if fits and self._is_possible:
                 self._keep(shape)
 
     def _graph(self, shape: _Shape) -> _Graph | None:
@@ -97,10 +102,16 @@ class TrunkGraphs:
             return None
         return self._keep(shape)
 
-    def _keep(self, shape: _Shape) -> _Graph:
+    def _keep(self, shape: _Shape) -> _Graph | None:
+        """None, now and ever after, where these layers cannot be captured: they run one by one then."""
         if len(self._graphs) == _MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        self._graphs[shape] = graph = self._capture_shape(shape)
+        try:
+            self._graphs[shape] = graph = self._capture_shape(shape)
+        except Exception:
+            log.exception("this encoder's layers cannot be captured as a CUDA graph, and run without")
+            self._is_possible = False
+            return None
         return graph
 
     def _capture_shape(self, shape: _Shape) -> _Graph:

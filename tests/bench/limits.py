@@ -9,7 +9,6 @@ Writes tests/bench/LIMITS.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from app.engine.host_memory import keep_freed_memory
 from tests.bench.limits_cases import Case, even_case, mixed_case
 from tests.bench.limits_report import Timing, report
 from tests.bench.limits_torch import Subject, compiled, dynamic_int8, eager, engine_subjects, forward, load_network
+from tests.bench.lines import ask
 from tests.bench.load_texts import MIXED, MIXED_BLOCK, make_texts
 
 REPORT = Path(__file__).with_name("LIMITS.md")
@@ -52,14 +52,7 @@ class Outside:
         return float(self._ask({"case": case.name, "turn_s": seconds})["seconds"])
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of {self.name} ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return ask(self.process, question, self.name)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import nn
 from app.engine.backbone import set_threads
 from app.engine.host_memory import keep_freed_memory
 from tests.bench.limits_torch import forward, load_network
+from tests.bench.lines import ask
 from tests.bench.load_texts import MIXED_BLOCK, TextSet
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -49,14 +50,7 @@ class Bare:
         self.best[texts.name] = max(rates, key=rates.__getitem__)
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the process with the bare encoder ended")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return ask(self.process, question, "the bare encoder")
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -46,7 +46,7 @@ class _Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self._open = threading.Event(), threading.Event()
         self.batches: list[int] = []
-        real = engine_module.begin_timed
+        real = engine_module.begin_batch
 
         def held(batch, backbone, graphs):  # type: ignore[no-untyped-def]
             self.batches.append(len(batch.works))
@@ -54,7 +54,7 @@ class _Gate:
             assert self._open.wait(30)
             return real(batch, backbone, graphs)
 
-        monkeypatch.setattr(engine_module, "begin_timed", held)
+        monkeypatch.setattr(engine_module, "begin_batch", held)
 
     def open(self) -> None:
         self._open.set()
@@ -104,7 +104,7 @@ def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "begin_timed", explode)
+        patch.setattr(engine_module, "begin_batch", explode)
         with pytest.raises(EngineError, match="batch that this request was in failed"):
             engine.submit(_request(engine, version)).result(timeout=10)
     assert engine.alive
@@ -120,7 +120,7 @@ def test_when_the_thread_dies_in_a_batch_its_requests_are_told(
     def die(batch, backbone, graphs):  # type: ignore[no-untyped-def]
         raise SystemExit("device lost")
 
-    monkeypatch.setattr(engine_module, "begin_timed", die)
+    monkeypatch.setattr(engine_module, "begin_batch", die)
     with pytest.raises(UnavailableError, match="died while it computed"):
         engine.submit(_request(engine, version)).result(timeout=10)
 

@@ -106,3 +106,17 @@ def test_the_graph_that_was_not_used_for_longest_is_dropped(monkeypatch: pytest.
         assert graphs.run(ids, ids, None, 1) is not None
         assert graphs.run(ids[:, :16], ids[:, :16], None, 1) is None
     assert len(graphs) == 2
+
+
+def test_layers_that_cannot_be_captured_run_without(caplog: pytest.LogCaptureFixture) -> None:
+    attempts = []
+
+    def fail(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
+        attempts.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = TrunkGraphs(tiny_backbone("bert"), fail)
+    graphs.warm((1,), (16, 32), 2)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    assert all(graphs.run(ids, ids, None, 2) is None for _ in range(3))
+    assert len(attempts) == 1 and "run without" in caplog.text
