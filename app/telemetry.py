@@ -174,7 +174,7 @@ class Metrics:
         )
         self._rejected = counter(
             "manifold_rejected_total",
-            "Requests that were turned away before any work: full, draining, deadline.",
+            "Requests without an answer: no permit was free (full), draining, or the deadline passed (deadline).",
             ("reason",),
         )
         self._predictions = counter(
