@@ -45,7 +45,9 @@ from app.service.loading import HALF_TOLERANCE, Loader
 from app.service.rollout import Rollout
 from app.service.runtime import Runtime
 from app.service.upkeep import Upkeep
-from app.telemetry import Metrics, configure_logging
+from app.service.watching import Watch
+from app.telemetry.logs import configure_logging
+from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger("manifold")
 
@@ -141,8 +143,9 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     recorder, catalog = Recorder(), follower.catalog
     upkeep = Upkeep(recorder, comparisons, following, follower, metrics, settings.feedback_window_s)
     notes = BackgroundNotes(following.note)
+    watch = Watch([], metrics.unwatched)
     access = _open_access(settings, catalog, notes)
-    for thread in (follower, upkeep):
+    for thread in (follower, upkeep, watch):
         thread.start()
         opened.callback(thread.close)
     opened.callback(notes.close)
@@ -159,6 +162,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         limits,
         follower,
         recorder,
+        watch,
         metrics,
     )
 

@@ -33,7 +33,8 @@ from app.service.experiment import Observation
 from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService, Limits
 from app.service.runtime import Runtime
-from app.telemetry import Metrics
+from app.service.watching import Served
+from app.telemetry.metrics import Metrics
 from tests.fake_rollout import FakeRollout
 
 SPEC = BackboneSpec(
@@ -255,12 +256,21 @@ class FakeObserver:
         self.observations.append(observation)
 
 
+@dataclass
+class FakeWatch:
+    requests: list[Served] = field(default_factory=list)
+
+    def served(self, served: Served) -> None:
+        self.requests.append(served)
+
+
 def make_runtime(
     settings: Settings,
     engine: FakeEngine | None = None,
     snapshot: Snapshot | None = None,
     tokenizer: FakeTokenizer | None = None,
     observer: FakeObserver | None = None,
+    watch: FakeWatch | None = None,
 ) -> Runtime:
     engine = engine if engine is not None else FakeEngine()
     metrics = Metrics()
@@ -276,6 +286,7 @@ def make_runtime(
         Limits(settings.max_client_batch_size, settings.deadline_ms, settings.answer_cache_bytes),
         FakePins(),
         observer or FakeObserver(),
+        watch or FakeWatch(),
         metrics,
     )
 

@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.config import ENV_PREFIX, Settings, env_name
 from app.main import create_app
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 from tests.registry import redis_server
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,15 +14,16 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import telemetry
 from app.domain import BatchReport
-from app.telemetry import Metrics, configure_logging
+from app.telemetry import logs
+from app.telemetry.logs import configure_logging
+from app.telemetry.metrics import Metrics
 from tests.serving import wait_for
 
 
 @pytest.fixture(autouse=True)
 def _root_logger_as_before() -> Iterator[None]:
-    root, access = logging.getLogger(), logging.getLogger(telemetry.ACCESS)
+    root, access = logging.getLogger(), logging.getLogger(logs.ACCESS)
     handlers, level, ours, propagates = root.handlers[:], root.level, access.handlers[:], access.propagate
     yield
     access.handlers[:], access.propagate = ours, propagates
@@ -55,7 +56,7 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lines_that_a_slow_reader_loses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "_MOST_LINES", 2)
+    monkeypatch.setattr(logs, "_MOST_LINES", 2)
     opens, written = threading.Event(), []
 
     class Slow(logging.Handler):
@@ -63,7 +64,7 @@ def test_lines_that_a_slow_reader_loses_are_told(monkeypatch: pytest.MonkeyPatch
             assert opens.wait(10)
             written.append(record.getMessage())
 
-    aside = telemetry._Aside(Slow())
+    aside = logs._Aside(Slow())
     number = 0
     while not aside._num_dropped:
         aside.handle(logging.makeLogRecord({"name": "access", "msg": f"line {number}"}))
@@ -121,6 +122,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.lagged(0.002)
     metrics.disagreed("spam", 3)
     metrics.rolled_back("spam", "gate")
+    metrics.unwatched()
     metrics.loaded(0.02)
     metrics.load_failed("artifact")
     metrics.index_answered()
@@ -153,6 +155,7 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_answer_cache_misses_total": 5.0,
         "manifold_answer_cache_bytes": 6000.0,
         "manifold_arm_disagreement_total{task=spam}": 3.0,
+        "manifold_watch_dropped_total": 1.0,
         "manifold_rollbacks_total{cause=gate,task=spam}": 1.0,
         "manifold_prefix_load_duration_seconds_count": 1.0,
         "manifold_prefix_load_duration_seconds_sum": 0.02,

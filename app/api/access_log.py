@@ -7,7 +7,7 @@ import logging
 from starlette.types import Scope
 
 from app.service.inference import Embeddings, Prediction
-from app.telemetry import ACCESS
+from app.telemetry.logs import ACCESS
 
 logger = logging.getLogger(ACCESS)
 

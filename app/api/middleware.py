@@ -22,7 +22,7 @@ from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
 from app.rollout import Role
 from app.service.access import EVERYBODY
 from app.service.runtime import Runtime
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from app.api.control_schemas import RecordView, TrafficView, Wire
 from app.domain import InputKind, ProblemType, ReadoutKind, TextInput
 from app.service.answers import Answer
-from app.service.inference import Usage
+from app.service.usage import Usage
 
 _MAX_NAME = 200
 _MAX_TASKS = 1000

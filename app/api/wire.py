@@ -10,7 +10,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from app.api.middleware import milliseconds
-from app.service.inference import Timings
+from app.service.usage import Timings
 
 
 class JsonRequest(Request):

@@ -26,7 +26,7 @@ from app.service.catalog import Catalog
 from app.service.loading import Loader
 from app.service.losses import Loss, find_loss, lacks
 from app.service.residents import Failure, Resident, Residents
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,9 @@ from app.service.dispatch import Computed, Dispatcher, Reading
 from app.service.experiment import Observation
 from app.service.ports import EnginePort, ObserverPort, PinsPort, TokenizerPort
 from app.service.resolve import Asker, Target, beside, choose_targets, is_paired, pins_to_load, representation
-from app.telemetry import Metrics
+from app.service.usage import Timings, Usage
+from app.service.watching import Served, WatchPort
+from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +36,6 @@ class Limits:
     max_client_batch_size: int = 32
     deadline_ms: float = 30_000.0
     answer_cache_bytes: int = 0  # 0: every answer is computed
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    tokens: int  # of all inputs, special tokens counted
-    rows: int  # trunks and branches that ran
-    passes: float  # bare forwards of the backbone that they cost, summed over the inputs
-    cached: int  # answers that came from the cache and cost nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    tokenization_s: float
-    queue_s: float
-    inference_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +89,7 @@ class InferenceService:
         limits: Limits,
         pins: PinsPort,
         observer: ObserverPort,
+        watch: WatchPort,
         metrics: Metrics,
     ) -> None:
         self._spec = engine.spec
@@ -112,6 +100,7 @@ class InferenceService:
         self._limits = limits
         self._pins = pins
         self._observer = observer
+        self._watch = watch
         self._metrics = metrics
 
     async def predict(
@@ -137,7 +126,9 @@ class InferenceService:
             results = [_answers(chosen, reading) for chosen, reading in zip(targets, run.readings, strict=True)]
             self._count(targets, results)
             self._observe(snapshot, request_id, targets, run)
-            return Prediction(snapshot.generation, results, run.usage, run.timings)
+            usage, timings = run.usage, run.timings
+            self._watch.served(Served(request_id, snapshot.generation, targets, results, run.readings, usage, timings))
+            return Prediction(snapshot.generation, results, usage, timings)
 
     async def embed(
         self, inputs: Sequence[TextInput], model: str, truncate: bool, dimensions: int | None = None

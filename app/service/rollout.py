@@ -37,7 +37,7 @@ from app.service.loading import Loader
 from app.service.losses import Loss
 from app.service.ports import IndexState, Published
 from app.service.resolve import find_record
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from app.service.catalog import Catalog
 from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService
 from app.service.ports import EnginePort, RolloutPort
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 
 
 @dataclass(slots=True)

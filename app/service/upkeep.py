@@ -14,7 +14,7 @@ from app.registry.index import Index
 from app.service.experiment import Recorder, flush
 from app.service.gates import Trip, find_trips
 from app.service.hot_swap import Follower
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import logging
 import pytest
 from fastapi.testclient import TestClient
 
-from app.telemetry import ACCESS, JsonFormatter
+from app.telemetry.logs import ACCESS, JsonFormatter
 
 
 @pytest.fixture

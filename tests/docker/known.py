@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 
 # A bare `Metrics()` lacks these: they exist once something runs, or are not written yet.
 PLANNED = {

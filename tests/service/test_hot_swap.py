@@ -24,7 +24,7 @@ from app.rollout import Challenger, Role, State, TrafficWish
 from app.service.first_start import begin, find_beginning
 from app.service.hot_swap import Follower
 from app.service.loading import Loader, card_of
-from app.telemetry import Metrics
+from app.telemetry.metrics import Metrics
 from tests.artifacts import write_artifact
 from tests.registry.redis_server import RedisServer
 

@@ -12,8 +12,8 @@ from app.config import Settings
 from app.domain import Encoding, InputKind, Snapshot, TaskOutput, TaskVersion, TextInput
 from app.errors import DeadlineError, EngineError, NotFoundError, TokenizationError, TooLargeError, UnservableError
 from app.service.answers import FailedAnswer, LabelAnswer
-from app.service.inference import Usage
 from app.service.runtime import Runtime
+from app.service.usage import Usage
 from tests.fakes import (
     FakeEngine,
     FakeObserver,

@@ -1,17 +1,11 @@
-"""What operators read: log lines, as text or as JSON, and metrics. Knows nothing of what is logged or counted."""
+"""What `/metrics` says. Knows nothing of what is counted, but its names and labels."""
 
 from __future__ import annotations
 
-import atexit
-import json
-import logging
-import queue
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from logging.handlers import QueueHandler, QueueListener
-from typing import Literal, Protocol
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,8 +22,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 # Otherwise each counter and histogram has a second series beside it, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-ACCESS = "manifold.access"  # the logger with a line a request
-_MOST_LINES = 10_000  # that wait to be written
 _LOAD_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PROPAGATION_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0)
 _REQUEST_BUCKETS_S = (
@@ -58,68 +50,6 @@ _STAGE_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-class JsonFormatter(logging.Formatter):
-    """A JSON object a line: time (UTC), level, logger, message; request_id, fields and exception where there are."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, object] = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        request_id = getattr(record, "request_id", None)
-        if request_id is not None:
-            line["request_id"] = request_id
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def configure_logging(log_format: Literal["text", "json"]) -> None:
-    """Replaces the root logger's handlers; for the server's process only, tests keep their own."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
-    access = logging.getLogger(ACCESS)
-    access.handlers[:] = [_Aside(handler)]
-    access.propagate = False
-
-
-class _Aside(QueueHandler):
-    """Writes on a thread of its own, so that a slow reader of the log holds no answer up.
-
-    Lines that it cannot keep up with are dropped, and the next one that finds room says how many.
-    """
-
-    def __init__(self, handler: logging.Handler) -> None:
-        super().__init__(queue.Queue(_MOST_LINES))
-        self._num_dropped = 0
-        listener = QueueListener(self.queue, handler)
-        listener.start()
-        atexit.register(listener.stop)
-
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # it stays in this process
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            if self._num_dropped:
-                told = {"name": record.name, "levelno": logging.WARNING, "levelname": "WARNING"}
-                told["msg"] = f"{self._num_dropped} lines were dropped: the log is read too slowly"
-                self.queue.put_nowait(logging.makeLogRecord(told))
-                self._num_dropped = 0
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self._num_dropped += 1
 
 
 class Batch(Protocol):
@@ -190,6 +120,10 @@ class Metrics:
         self._rollbacks = counter(
             "manifold_rollbacks_total", "Returns to an earlier champion or to it alone, by cause.", ("task", "cause")
         )
+        self._unwatched = counter(
+            "manifold_watch_dropped_total",
+            "Answered requests that found no room on their way to scores, drift and the prediction log.",
+        )
         self._cache_hits = counter("manifold_answer_cache_hits_total", "Answers for a text that were in the cache.")
         self._cache_misses = counter(
             "manifold_answer_cache_misses_total", "Answers for a text that were not in the cache, and were computed."
@@ -208,6 +142,9 @@ class Metrics:
 
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
+
+    def unwatched(self) -> None:
+        self._unwatched.inc()
 
     def looked_up(self, hits: int, misses: int, cache_bytes: int) -> None:
         """Answers that one request found in the cache, those that it had to compute, and what the cache holds now."""

@@ -1,0 +1,20 @@
+"""What a request cost and how long its stages took. Knows nothing of how either is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    tokens: int  # of all inputs, special tokens counted
+    rows: int  # trunks and branches that ran
+    passes: float  # bare forwards of the backbone that they cost, summed over the inputs
+    cached: int  # answers that came from the cache and cost nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    tokenization_s: float
+    queue_s: float
+    inference_s: float
