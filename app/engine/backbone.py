@@ -108,16 +108,23 @@ class Backbone:
         return out
 
     def serve_layer(
-        self, index: int, states: Tensor, segments: Sequence[Segment], context: Context, only_first: bool = False
+        self,
+        index: int,
+        states: Tensor,
+        segments: Sequence[Segment],
+        context: Context,
+        only_first: bool = False,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """What `run_layer` computes, faster and without gradients. Where another attention function is in force (one
         that watches, as learning sets), it is `run_layer` itself: fused layers would pass that function by.
 
-        `only_first`: [rows, 1, d], the first token's alone, where nobody reads the others.
+        `only_first`: [rows, 1, d], the first token's alone, where nobody reads the others. `tokens`: where the texts'
+        own tokens stand among rows × tokens, so that padding need not be computed.
         """
         fused = self.fused_layers[index]
         if fused is not None and self.family.config._attn_implementation == attention.NAME:
-            return fused(states, segments, only_first)
+            return fused(states, segments, only_first, tokens)
         out = self.run_layer(index, states, segments, context)
         return out[:, :1] if only_first else out
 

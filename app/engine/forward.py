@@ -23,6 +23,9 @@ from app.engine.graphs import TrunkGraphs
 from app.engine.heads import attend_tokens, mean_tokens
 from app.engine.scoring import Pieces, Scores, score
 
+_STEP = 16  # products run over a multiple of so many tokens, so that few kernels serve all lengths
+_MOST_PRESENT = 0.95  # share of rows × tokens that are a text's own, from which on leaving padding out gains nothing
+
 
 def run_batch(batch: Batch, backbone: Backbone) -> list[tuple[TaskOutput, ...]]:
     """The outputs of each work of `batch.works`, in the order of its plan's versions."""
@@ -72,7 +75,12 @@ def run_layers(batch: Batch, backbone: Backbone, graphs: TrunkGraphs | None = No
             states = [inputs.embed(c) if layer == 0 else _gather(states, c) for c in step]
             states = [
                 backbone.serve_layer(
-                    layer, rows, inputs.segments(layer, chunk), inputs.context(layer, chunk, rows), chunk.only_first
+                    layer,
+                    rows,
+                    inputs.segments(layer, chunk),
+                    inputs.context(layer, chunk, rows),
+                    chunk.only_first,
+                    inputs.tokens(chunk),
                 )
                 for rows, chunk in zip(states, step, strict=True)
             ]
@@ -112,6 +120,7 @@ class _Inputs:
     text_mask: Tensor | None  # bool [plans, tokens], True: a token of the text; None: nothing is padded
     masks: dict[tuple[object, ...], Tensor | None]
     contexts: dict[tuple[object, ...], Context]
+    places: dict[tuple[object, ...], Tensor | None]
 
     @classmethod
     def of(cls, batch: Batch, backbone: Backbone) -> _Inputs:
@@ -122,7 +131,13 @@ class _Inputs:
         lengths = torch.tensor([len(e) for e in encodings])
         mask = None if bool((lengths == width).all()) else torch.arange(width) < lengths.unsqueeze(1)
         return cls(
-            backbone, backbone.bring(ids), backbone.bring(types), None if mask is None else backbone.bring(mask), {}, {}
+            backbone,
+            backbone.bring(ids),
+            backbone.bring(types),
+            None if mask is None else backbone.bring(mask),
+            masks={},
+            contexts={},
+            places={},
         )
 
     def trunk(self, graphs: TrunkGraphs, steps: Sequence[LayerStep]) -> list[Tensor] | None:
@@ -164,6 +179,19 @@ class _Inputs:
         key, value = (cat_tokens(side, dim=0) if len(members) > 1 else side[0] for side in sides)
         return Segment(members[0].start, members[-1].stop, key, value, mask)
 
+    def tokens(self, chunk: Chunk) -> Tensor | None:
+        """Where the texts' own tokens stand among the chunk's rows × tokens; None where computing all is cheaper.
+
+        On a CUDA device it is: there the copies that leave padding out take as long as what they spare.
+        """
+        if self.text_mask is None or self.backbone.device.type != "cpu":
+            return None
+        layout = _layout(chunk.placed)
+        if layout not in self.places:
+            mask = self.mask_of(chunk.placed)
+            self.places[layout] = None if mask is None else _places(mask)
+        return self.places[layout]
+
     def mask_of(self, members: Sequence[Placed]) -> Tensor | None:
         """bool [rows, tokens], True: a token of the text; None: nothing is padded."""
         if self.text_mask is None:
@@ -189,6 +217,13 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
         numbers.extend(row)
         numbers.extend((0,) * (width - len(row)))
     return torch.frombuffer(numbers, dtype=torch.long).view(len(rows), width)
+
+
+def _places(mask: Tensor) -> Tensor | None:
+    """bool [rows, tokens] → the places of True, flat. A few stand there twice: see `_STEP`."""
+    places = mask.flatten().nonzero().squeeze(1)
+    places = torch.cat([places, places[: -len(places) % _STEP]])
+    return places if len(places) < _MOST_PRESENT * mask.numel() else None
 
 
 def _layout(members: Sequence[Placed]) -> tuple[tuple[int, int], ...]:

@@ -53,20 +53,35 @@ class FusedLayer:
         self._gelu = _GELUS.get(parts.activation_name)
         self._activation = parts.activation
 
-    def __call__(self, states: Tensor, segments: Sequence[Segment], only_first: bool = False) -> Tensor:
-        """[rows, tokens, d] → the same, or [rows, 1, d]: of the first token alone, where nobody reads the others."""
-        rows, tokens, width = states.shape
-        qkv = self._qkv(states).view(rows, tokens, 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind()
+    def __call__(
+        self, states: Tensor, segments: Sequence[Segment], only_first: bool = False, tokens: Tensor | None = None
+    ) -> Tensor:
+        """[rows, tokens, d] → the same, or [rows, 1, d]: of the first token alone, where nobody reads the others.
+
+        `tokens`: where the texts' own tokens stand among rows × tokens. Products and norms then run over these alone;
+        only attention sees the padding, whose states are zeros afterwards. None: over all.
+        """
+        rows, num_tokens, width = states.shape
+        present = states if tokens is None else states.reshape(-1, width)[tokens]
+        qkv = _spread(self._qkv(present), tokens, rows * num_tokens)
+        query, key, value = qkv.view(rows, num_tokens, 3, self._num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
         if only_first:
-            query, states = query[:, :, :1], states[:, :1]
+            query, present, tokens = query[:, :, :1], states[:, :1], None
         attended, _ = attend(None, query, key, value, None, segments=segments)
-        attended = attended.reshape(rows, -1, width)
-        states = self._attention_norm(self._attention_out.plus(attended, states))
-        return self._output_norm(self._down.plus(self._activate(states), states))
+        attended = attended.reshape(rows, -1, width) if tokens is None else attended.reshape(-1, width)[tokens]
+        present = self._attention_norm(self._attention_out.plus(attended, present))
+        present = self._output_norm(self._down.plus(self._activate(present), present))
+        return present if tokens is None else _spread(present, tokens, rows * num_tokens).view(rows, num_tokens, width)
 
     def _activate(self, states: Tensor) -> Tensor:
         return self._activation(self._up(states)) if self._gelu is None else self._up.gelu(states, self._gelu)
+
+
+def _spread(present: Tensor, tokens: Tensor | None, num_places: int) -> Tensor:
+    """Each token's numbers at its place among all, zeros elsewhere. A place may be named twice, with equal numbers."""
+    if tokens is None:
+        return present
+    return present.new_zeros(num_places, present.shape[-1]).index_copy_(0, tokens, present)
 
 
 class _Norm:
