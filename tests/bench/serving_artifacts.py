@@ -61,6 +61,15 @@ def write_prefixes(folder: Path, spec: BackboneSpec) -> None:
             _write(folder / f"{kind}{index}", artifact, first if kind == "combined" else artifact)
 
 
+def write_readouts(folder: Path, spec: BackboneSpec, tasks: int) -> list[str]:
+    """So many tasks that read the bare trunk. Their names."""
+    names = [f"task{index:03}" for index in range(tasks)]
+    for index, name in enumerate(names):
+        artifact = make_artifact(spec, name, seed=index, labels=LABELS, **_KINDS["readout"])  # type: ignore[arg-type]
+        _write(folder / name, artifact, artifact)
+    return names
+
+
 def _write(folder: Path, artifact: Artifact, prefixed: Artifact) -> None:
     folder.mkdir(parents=True)
     prompts = {
