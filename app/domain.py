@@ -181,6 +181,7 @@ class EngineRequest:
 
     plans: tuple[Plan, ...]
     deadline_s: float | None = None  # on time.monotonic(); work that has not begun by then is dropped
+    context: object | None = None  # the caller's own, told again of each batch that the request is in
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,9 @@ class BatchReport:
     heads_s: float  # scoring, and the outputs on the host
     shares: Mapping[tuple[str, int], float]  # (task, version) → its part of the forward, by rows × tokens × layers
     passes: float  # bare forwards of the backbone
+    began_s: float = 0.0  # on time.monotonic(): before it was laid out
+    ended_s: float = 0.0  # and when its answers were out
+    contexts: tuple[object, ...] = ()  # of the requests in it that have one
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -46,6 +46,7 @@ class _Ticket:
     rows: int
     passes: float
     arrived_s: float
+    context: object | None
     begun_s: float | None = None
     inference_s: float = 0.0
 
@@ -199,6 +200,7 @@ class Engine:
             rows=sum(len(plan.rows) for pieces in parts for plan in pieces),
             passes=sum(plan.passes for pieces in parts for plan in pieces),
             arrived_s=now,
+            context=request.context,
         )
         items = [self._item(ticket, plan_index, plan) for plan_index, pieces in enumerate(parts) for plan in pieces]
         if not items:
@@ -299,24 +301,24 @@ class Engine:
             forward_s = begun.running.forward_s()
             arrived_s = self._clock()
             outputs = begun.running.scores.outputs()
-            elapsed_s = self._clock() - begun.started_s
-            heads_s = begun.running.heads_s + self._clock() - arrived_s
+            ended_s = self._clock()
+            heads_s = begun.running.heads_s + ended_s - arrived_s
             for ticket in {id(item.ticket): item.ticket for item in items}.values():
-                ticket.inference_s += elapsed_s
+                ticket.inference_s += ended_s - begun.started_s
             of_work = {id(work): out for work, out in zip(begun.batch.works, outputs, strict=True)}
             for work, members in begun.shared:
                 digests = (version.digest for version in work.plan.versions)
                 found = dict(zip(digests, of_work[id(work)], strict=True))
                 for item in members:
                     _deliver(item, found)
-            self._report(begun, items, forward_s, heads_s)
+            self._report(begun, items, forward_s, heads_s, ended_s)
 
-    def _report(self, begun: _Begun, items: Sequence[_Item], forward_s: float, heads_s: float) -> None:
+    def _report(self, begun: _Begun, items: Sequence[_Item], forward_s: float, heads_s: float, ended_s: float) -> None:
         """Behind the answers, and never their fault."""
         if self._observe is None:
             return
         names = {v.digest: (v.task, v.version) for item in items for v in item.work.plan.versions}
-        batch = begun.batch
+        batch, contexts = begun.batch, (item.ticket.context for item in items)
         report = BatchReport(
             rows=batch.num_rows,
             tokens=batch.num_rows * batch.num_tokens,
@@ -325,6 +327,9 @@ class Engine:
             heads_s=heads_s,
             shares={names[digest]: share for digest, share in shares(batch).items()},
             passes=sum(work.plan.passes for work in batch.works),
+            began_s=begun.started_s,
+            ended_s=ended_s,
+            contexts=tuple({id(context): context for context in contexts if context is not None}.values()),
         )
         try:
             self._observe(report)

@@ -358,6 +358,22 @@ def test_each_batch_is_reported_behind_its_answers(make_engine: MakeEngine) -> N
     assert report.shares == {(version.task, version.version): 1.0}
 
 
+def test_a_batch_tells_when_it_ran_and_for_whom(make_engine: MakeEngine) -> None:
+    reports: list[BatchReport] = []
+    engine = make_engine(observe=reports.append, max_queue_delay_ms=200)
+    version = _load(engine, "task")
+    plan = _request(engine, version).plans[0]
+    before_s = time.monotonic()
+    asked = [EngineRequest((plan, plan), context="one"), EngineRequest((plan,)), EngineRequest((plan,), context="two")]
+    for future in [engine.submit(request) for request in asked]:
+        future.result(timeout=10)
+    _wait_until(lambda: len(reports) == 1)
+    (report,) = reports
+    assert report.contexts == ("one", "two")
+    assert before_s <= report.began_s <= report.ended_s - report.collate_s - report.forward_s
+    assert report.ended_s <= time.monotonic()
+
+
 def test_a_watcher_that_breaks_breaks_nobody_else(make_engine: MakeEngine) -> None:
     def break_down(report: BatchReport) -> None:
         raise RuntimeError("out of ink")
