@@ -43,6 +43,7 @@ FENCES: dict[str, set[str]] = {
     "torch": {"engine", "learning"},
     "transformers": {"engine", "learning"},
     "prometheus_client": {"telemetry"},
+    "opentelemetry": {"telemetry"},
     "peft": {"learning"},
 }
 # unit → all that it may import from outside: these run where nothing else is installed

@@ -123,6 +123,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.disagreed("spam", 3)
     metrics.rolled_back("spam", "gate")
     metrics.unwatched()
+    metrics.spans_dropped(4)
     metrics.loaded(0.02)
     metrics.load_failed("artifact")
     metrics.index_answered()
@@ -156,6 +157,7 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_answer_cache_bytes": 6000.0,
         "manifold_arm_disagreement_total{task=spam}": 3.0,
         "manifold_watch_dropped_total": 1.0,
+        "manifold_spans_dropped_total": 4.0,
         "manifold_rollbacks_total{cause=gate,task=spam}": 1.0,
         "manifold_prefix_load_duration_seconds_count": 1.0,
         "manifold_prefix_load_duration_seconds_sum": 0.02,

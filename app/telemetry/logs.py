@@ -12,12 +12,13 @@ from logging.handlers import QueueHandler, QueueListener
 from typing import Literal
 
 ACCESS = "manifold.access"  # the logger with a line a request
+_OF_REQUEST = ("request_id", "trace_id", "span_id")
 _MOST_LINES = 10_000  # that wait to be written
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: time (UTC), level, logger, message; request_id, fields and exception where there are."""
+    """A JSON object a line: time (UTC), level, logger, message; where there are: ids, fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -27,9 +28,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        request_id = getattr(record, "request_id", None)
-        if request_id is not None:
-            line["request_id"] = request_id
+        line |= {name: getattr(record, name) for name in _OF_REQUEST if hasattr(record, name)}
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -44,6 +43,7 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # it warns of each header that a client got wrong
     access = logging.getLogger(ACCESS)
     access.handlers[:] = [_Aside(handler)]
     access.propagate = False

@@ -124,6 +124,10 @@ class Metrics:
             "manifold_watch_dropped_total",
             "Answered requests that found no room on their way to scores, drift and the prediction log.",
         )
+        self._spans_dropped = counter(
+            "manifold_spans_dropped_total",
+            "Spans of traces that were lost: no room for them, or the receiver did not take them.",
+        )
         self._cache_hits = counter("manifold_answer_cache_hits_total", "Answers for a text that were in the cache.")
         self._cache_misses = counter(
             "manifold_answer_cache_misses_total", "Answers for a text that were not in the cache, and were computed."
@@ -145,6 +149,9 @@ class Metrics:
 
     def unwatched(self) -> None:
         self._unwatched.inc()
+
+    def spans_dropped(self, count: int) -> None:
+        self._spans_dropped.inc(count)
 
     def looked_up(self, hits: int, misses: int, cache_bytes: int) -> None:
         """Answers that one request found in the cache, those that it had to compute, and what the cache holds now."""
