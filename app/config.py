@@ -9,6 +9,7 @@ import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -87,6 +88,12 @@ class Settings(BaseSettings):
 
     log_format: Literal["text", "json"] = Field("text", description="text or json, a line an event")
     log_requests: bool = Field(True, description="a line in the log for each request; never a text")
+    otlp_endpoint: str | None = Field(
+        None, description="where traces go: the http:// or https:// URL of an OTLP receiver; unset records none"
+    )
+    trace_sample: float = Field(
+        1.0, ge=0, le=1, description="the share of requests that is traced where no traceparent says it"
+    )
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
 
@@ -95,6 +102,13 @@ class Settings(BaseSettings):
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and len(value.get_secret_value()) < SHORTEST_KEY:
             raise ValueError(f"it must have {SHORTEST_KEY} characters at least")
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _over_http(cls, value: str | None) -> str | None:
+        if value is not None and not _is_http(value):
+            raise ValueError("it must be a URL such as http://collector:4318")
         return value
 
 
@@ -106,6 +120,14 @@ def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
         raise SettingsError("; ".join(_sentence(detail) for detail in error.errors())) from error
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env cannot be read: {error}") from error
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+    except ValueError:  # of the port
+        return False
 
 
 def is_loopback(host: str) -> bool:

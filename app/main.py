@@ -26,6 +26,7 @@ from app.api.errors import install_handlers
 from app.api.middleware import Body, Border, Gatekeeper
 from app.api.shortcut import Shortcut
 from app.config import Settings, env_name, is_loopback
+from app.domain import BatchReport
 from app.engine.backbone import Backbone, choose, set_threads
 from app.engine.engine import Engine
 from app.engine.host_memory import keep_freed_memory
@@ -48,6 +49,7 @@ from app.service.upkeep import Upkeep
 from app.service.watching import Watch
 from app.telemetry.logs import configure_logging
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import NOT_TRACING, Tracing
 
 logger = logging.getLogger("manifold")
 
@@ -111,6 +113,10 @@ def open_runtime(settings: Settings) -> Runtime:
 
 def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     """Everything that must be closed again goes onto `opened`, in the order in which it was opened."""
+    metrics = Metrics()
+    server = f"{socket.gethostname()}:{os.getpid()}"
+    traces = _open_traces(settings, server, metrics)
+    opened.callback(traces.close)  # behind everything that is traced
     registry = opened.enter_context(
         open_registry(settings.home, settings.redis_url, settings.artifacts_url, settings.cache_limit_bytes)
     )
@@ -118,8 +124,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     following, store, comparisons = registry.index, registry.store, Comparisons(registry.redis)
     beginning = find_beginning(following, registry.last_good)
     check_host(settings, beginning is not None and bool(beginning.view.keys))
-    metrics = Metrics()
-    loader = _open_loader(settings, beginning, store, metrics)
+    loader = _open_loader(settings, beginning, store, metrics, traces)
     opened.callback(loader.engine.close)
     follower = Follower(
         following,
@@ -127,11 +132,12 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         loader,
         registry.last_good,
         metrics,
-        server=f"{socket.gethostname()}:{os.getpid()}",
+        server=server,
         poll_s=settings.index_poll_ms / 1000,
         has_hints=settings.index_hints,
         most_others=settings.pinned_versions,
         revive=registry.revive,
+        traces=traces,
     )
     engine, spec = loader.engine, loader.engine.spec
     on_device = engine.device_bytes() is not None
@@ -139,7 +145,8 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     metrics.built(
         {"version": health.software_version(), "model": spec.name, "device": spec.device, "dtype": spec.dtype}
     )
-    begin(follower, beginning, following, store, settings.prefixes)
+    with traces.change("start"):
+        begin(follower, beginning, following, store, settings.prefixes)
     recorder, catalog = Recorder(), follower.catalog
     upkeep = Upkeep(recorder, comparisons, following, follower, metrics, settings.feedback_window_s)
     notes = BackgroundNotes(following.note)
@@ -182,10 +189,25 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         rollout,
         access,
         metrics,
+        traces,
         lambda: follower.health,
         registry.abandon,
         opened.close,
     )
+
+
+def _open_traces(settings: Settings, server: str, metrics: Metrics) -> Tracing:
+    if settings.otlp_endpoint is None:
+        return NOT_TRACING
+    from app.telemetry.outlet import Outlet  # a server without traces is not to load what sends them
+    from app.telemetry.traces import Traces
+
+    resource = {
+        "service.name": "manifold",
+        "service.version": health.software_version(),
+        "service.instance.id": server,
+    }
+    return Traces(Outlet(settings.otlp_endpoint, metrics.spans_dropped), settings.trace_sample, resource)
 
 
 def _open_access(settings: Settings, catalog: Catalog, notes: BackgroundNotes) -> Access:
@@ -306,12 +328,14 @@ def _middleware(settings: Settings) -> list[Middleware]:
     return [Middleware(cors, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], max_age=600), *inner]
 
 
-def _open_loader(settings: Settings, beginning: Beginning | None, store: ArtifactStore, metrics: Metrics) -> Loader:
+def _open_loader(
+    settings: Settings, beginning: Beginning | None, store: ArtifactStore, metrics: Metrics, traces: Tracing
+) -> Loader:
     """dtype auto keeps a 16-bit type only where golden examples of what will be live show that it is exact enough."""
     _, dtype = choose(settings.device, settings.dtype)
     if settings.dtype != "auto" or dtype == "float32":
-        return _load(settings, dtype, metrics)
-    loader = _load(settings, dtype, metrics)
+        return _load(settings, dtype, metrics, traces)
+    loader = _load(settings, dtype, metrics, traces)
     measured = loader.worst_difference(list(live_folders(beginning, store, settings.prefixes)))
     told = "there are no golden examples" if measured is None else f"golden scores differ by up to {measured:.2g}"
     if measured is not None and measured <= HALF_TOLERANCE:
@@ -320,10 +344,14 @@ def _open_loader(settings: Settings, beginning: Beginning | None, store: Artifac
     logger.info("dtype auto takes float32: in %s %s", dtype, told)
     loader.engine.close()
     del loader  # two backbones need not fit
-    return _load(settings, "float32", metrics)
+    return _load(settings, "float32", metrics, traces)
 
 
-def _load(settings: Settings, dtype: str, metrics: Metrics) -> Loader:
+def _load(settings: Settings, dtype: str, metrics: Metrics, traces: Tracing) -> Loader:
+    def observe(report: BatchReport) -> None:
+        metrics.ran(report)
+        traces.ran(report)
+
     backbone = Backbone.load(settings.model, settings.device, dtype)
     backbone.release_layers()
     tokenizer = TextTokenizer(backbone.path)
@@ -332,10 +360,10 @@ def _load(settings: Settings, dtype: str, metrics: Metrics) -> Loader:
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_rows=settings.max_batch_rows,
         max_queue_delay_ms=settings.max_queue_delay_ms,
-        observe=metrics.ran,
+        observe=observe,
     )
     engine.start()
-    return Loader(engine, tokenizer)
+    return Loader(engine, tokenizer, traces=traces)
 
 
 def _bound_socket(settings: Settings) -> socket.socket:

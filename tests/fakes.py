@@ -35,6 +35,7 @@ from app.service.inference import InferenceService, Limits
 from app.service.runtime import Runtime
 from app.service.watching import Served
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import NOT_TRACING, Tracing
 from tests.fake_rollout import FakeRollout
 
 SPEC = BackboneSpec(
@@ -271,6 +272,7 @@ def make_runtime(
     tokenizer: FakeTokenizer | None = None,
     observer: FakeObserver | None = None,
     watch: FakeWatch | None = None,
+    traces: Tracing = NOT_TRACING,
 ) -> Runtime:
     engine = engine if engine is not None else FakeEngine()
     metrics = Metrics()
@@ -308,6 +310,7 @@ def make_runtime(
         rollout,
         access,
         metrics,
+        traces,
         lambda: IndexHealth(up=True),
         lambda: None,
         close,

@@ -52,6 +52,16 @@ def test_origins_are_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> None
         ("drain_grace_s", "inf", "drain_grace_s"),
         ("allow_remote", "perhaps", "allow_remote"),
         ("tokenization_workers", "-1", "tokenization_workers"),
+        (
+            "otlp_endpoint",
+            "collector:4318",
+            "otlp_endpoint (--otlp-endpoint, MANIFOLD_OTLP_ENDPOINT) is 'collector:4318': "
+            "it must be a URL such as http://collector:4318",
+        ),
+        ("otlp_endpoint", "http://", "such as http://collector:4318"),
+        ("otlp_endpoint", "http://collector:otlp", "such as http://collector:4318"),
+        ("otlp_endpoint", "grpc://collector:4317", "such as http://collector:4318"),
+        ("trace_sample", "1.5", "less than or equal to 1"),
     ],
 )
 def test_a_value_that_cannot_work_is_one_sentence(

@@ -36,8 +36,8 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
     if said is not None:
         fields |= _cost(said)
     if isinstance(said, Prediction):
-        fields["versions"] = _versions(said)
-    extra = {"request_id": state["request_id"], "fields": fields}
+        fields["versions"] = versions(said)
+    extra = {"request_id": state["request_id"], **state["trace"].ids, "fields": fields}
     logger.info("%s %s %d in %.1f ms", method, path, status, 1000 * duration_s, extra=extra)
 
 
@@ -55,7 +55,7 @@ def _cost(said: Prediction | Embeddings) -> dict[str, object]:
     }
 
 
-def _versions(said: Prediction) -> dict[str, str]:
+def versions(said: Prediction) -> dict[str, str]:
     """By reference, "version arm" of those that answered any of the inputs."""
     return {
         reference: f"{answer.version} {answer.arm}" for answers in said.results for reference, answer in answers.items()

@@ -27,7 +27,9 @@ router = APIRouter(prefix="/v1", tags=["inference"], route_class=JsonRoute, depe
 async def embed(body: EmbeddingsRequest, request: Request) -> Response:
     """A vector of length 1 for each text, in OpenAI's shape: their clients work against it."""
     inference: InferenceService = request.state.runtime.inference
-    embeddings = await inference.embed(body.texts(), body.model, body.truncate, body.dimensions)
+    embeddings = await inference.embed(
+        body.texts(), body.model, body.truncate, body.dimensions, trace=request.state.trace
+    )
     request.state.said = embeddings
     tokens = embeddings.usage.tokens
     answer = {

@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.access_log import log_request
 from app.api.errors import error_response
+from app.api.span import describe
 from app.config import is_loopback
 from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
 from app.rollout import Role
 from app.service.access import EVERYBODY
 from app.service.runtime import Runtime
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import UNTRACED, Caller, Trace, parse_caller
 
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
@@ -32,7 +34,10 @@ _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 
 
 class Border:
-    """Gives each request an id (the caller's where it is sane) and its time; every exception becomes an answer."""
+    """Gives each request an id (the caller's where it is sane), its time and its trace.
+
+    Every exception becomes an answer.
+    """
 
     def __init__(self, app: ASGIApp, logs_requests: bool = False) -> None:
         self.app = app
@@ -44,16 +49,18 @@ class Border:
         began_s = time.monotonic()
         request_id = _request_id(header(scope, b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
-        has_begun = False
+        trace = scope["state"]["trace"] = _begin_trace(scope)
+        status: int | None = None
+        fault: Exception | None = None
 
         async def send_stamped(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                has_begun = True
+                status = message["status"]
                 duration_s = time.monotonic() - began_s
-                _count(scope, message["status"], duration_s)
+                _count(scope, status, duration_s)
                 if self.logs_requests and scope["path"] not in _FREE:
-                    log_request(scope, message["status"], duration_s)
+                    log_request(scope, status, duration_s)
                 total = milliseconds(duration_s)
                 stamps = (b"x-request-id", request_id.encode()), (b"x-total-time", total.encode())
                 message = {**message, "headers": [*message["headers"], *stamps]}
@@ -62,10 +69,13 @@ class Border:
         try:
             await self.app(scope, receive, send_stamped)
         except Exception as error:
-            _log(error, request_id)
-            if has_begun:
+            fault = error
+            _log(error, request_id, trace)
+            if status is not None:
                 raise
             await error_response(error)(scope, receive, send_stamped)
+        finally:
+            trace.end(lambda: describe(scope, status, fault))
 
 
 class Gatekeeper:
@@ -214,6 +224,20 @@ def header(scope: Scope, name: bytes) -> str | None:
     return None
 
 
+def _begin_trace(scope: Scope) -> Trace:
+    """Probes are no work that anybody follows."""
+    runtime: Runtime = scope["state"]["runtime"]
+    return UNTRACED if scope["path"] in _FREE else runtime.traces.begin(_caller(scope))
+
+
+def _caller(scope: Scope) -> Caller | None:
+    traceparent = header(scope, b"traceparent")
+    if traceparent is None:
+        return None
+    states = [bytes(value).decode("latin-1") for key, value in scope["headers"] if key == b"tracestate"]
+    return parse_caller(traceparent, ",".join(states))  # the one header that may come in pieces
+
+
 def asked(scope: Scope) -> str:
     """What a request asks for, for the audit log."""
     return f"{scope['method']} {scope['path'][:200]}"
@@ -246,7 +270,8 @@ def _declared_length(scope: Scope) -> int:
     return int(declared) if declared.isascii() and declared.isdecimal() else 0
 
 
-def _log(error: Exception, request_id: str) -> None:
+def _log(error: Exception, request_id: str, trace: Trace) -> None:
     """Callers' mistakes are theirs to read; what is ours goes to the log with its trace."""
     if not isinstance(error, ManifoldError) or isinstance(error, EngineError):
-        logger.error("request failed: %s", error, exc_info=error, extra={"request_id": request_id})
+        extra = {"request_id": request_id, **trace.ids}
+        logger.error("request failed: %s", error, exc_info=error, extra=extra)

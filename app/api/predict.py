@@ -34,6 +34,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
         unit=body.unit,
         request_id=request_id,
         principal=request.state.principal,
+        trace=request.state.trace,
     )
     request.state.said = prediction
     answer = {

@@ -28,6 +28,7 @@ from app.domain import (
 from app.engine.plan import make_plan, token_limit
 from app.errors import TokenizationError
 from app.service.ports import EnginePort, TokenizerPort
+from app.telemetry.tracing import UNTRACED, Trace
 
 _GROUP_CHARACTERS = 20_000  # tokenized in about 10 ms: nobody waits longer than that for others of a group
 
@@ -77,6 +78,7 @@ class _Job:
     truncate: bool
     deadline_s: float
     began_s: float
+    trace: Trace
     done: Future[Computed] = field(default_factory=Future)
 
     @property
@@ -102,9 +104,11 @@ class Dispatcher:
         self._waiting: deque[_Job] = deque()
         self._lock = threading.Lock()  # of those who take; whoever appends needs none
 
-    def submit(self, readings: Sequence[Reading], truncate: bool, deadline_s: float) -> Future[Computed]:
+    def submit(
+        self, readings: Sequence[Reading], truncate: bool, deadline_s: float, trace: Trace = UNTRACED
+    ) -> Future[Computed]:
         """The future ends with what was computed or with any ManifoldError. Cancelling it drops what is queued."""
-        job = _Job(tuple(readings), truncate, deadline_s, time.monotonic())
+        job = _Job(tuple(readings), truncate, deadline_s, time.monotonic(), trace)
         self._waiting.append(job)
         wake = self._workers.submit(self._serve_next)
         wake.add_done_callback(lambda ended: ended.cancelled() and job.done.cancel())  # the workers were shut down
@@ -167,12 +171,14 @@ class Dispatcher:
             if isinstance(found, str):
                 raise TokenizationError(f"input {reading.index} {found}")
             reading.encoding = found
-        tokenization_s = time.monotonic() - job.began_s
+        tokenized_s = time.monotonic()
+        job.trace.staged("tokenize", job.began_s, tokenized_s)
         plans = tuple(_plans(job, self._engine.spec))
         if job.done.cancelled():
             return
-        queued = self._engine.submit(EngineRequest(tuple(plan for _, plan in plans), job.deadline_s))
-        queued.add_done_callback(lambda ended: _pass_on(ended, job, plans, tokenization_s))
+        request = EngineRequest(tuple(plan for _, plan in plans), job.deadline_s, job.trace.context)
+        queued = self._engine.submit(request)
+        queued.add_done_callback(lambda ended: _pass_on(ended, job, plans, tokenized_s))
         weakly = weakref.ref(queued)  # otherwise the two futures would hold each other, and the answer, for ever
         job.done.add_done_callback(lambda _: _cancel(weakly()))  # at once where it was cancelled in between
 
@@ -185,7 +191,7 @@ def _plans(job: _Job, spec: BackboneSpec) -> Iterator[tuple[Reading, Plan]]:
 
 
 def _pass_on(
-    ended: Future[EngineResult], job: _Job, plans: tuple[tuple[Reading, Plan], ...], tokenization_s: float
+    ended: Future[EngineResult], job: _Job, plans: tuple[tuple[Reading, Plan], ...], tokenized_s: float
 ) -> None:
     """On the engine's thread, or on the event loop where the request was cancelled."""
     if ended.cancelled():
@@ -195,8 +201,10 @@ def _pass_on(
     if error is not None:
         _fail(job, error)
         return
+    result = ended.result()
+    job.trace.staged("queue", tokenized_s, tokenized_s + result.queue_s)
     with suppress(InvalidStateError):  # it was cancelled
-        job.done.set_result(Computed(plans, ended.result(), tokenization_s))
+        job.done.set_result(Computed(plans, result, tokenized_s - job.began_s))
 
 
 def _cancel(queued: Future[EngineResult] | None) -> None:

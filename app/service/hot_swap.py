@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -27,6 +27,7 @@ from app.service.loading import Loader
 from app.service.losses import Loss, find_loss, lacks
 from app.service.residents import Failure, Resident, Residents
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import NOT_TRACING, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +73,11 @@ class Follower:
         has_hints: bool = True,
         most_others: int = 32,
         revive: Callable[[], None] | None = None,
+        traces: Tracing = NOT_TRACING,
     ) -> None:
         """`revive`: what to try when the index does not answer, such as starting it again."""
         self._index, self._store, self.loader = index, store, loader
-        self._last_good, self._metrics = last_good, metrics
+        self._last_good, self._metrics, self._traces = last_good, metrics, traces
         self._server, self._poll_s, self._has_hints, self._revive = server, poll_s, has_hints, revive
         representation, handle = loader.representation()
         self._own = Resident(representation, handle)
@@ -119,8 +121,9 @@ class Follower:
     def resume(self, view: IndexView, *, is_whole: bool) -> None:
         """Begins with what the index says, or (not whole) with the last good state of an earlier process."""
         with self._lock:
-            self._followed, self._is_whole = view, is_whole
-            self._show(view)
+            before, self._followed, self._is_whole = self._followed, view, is_whole
+            with self._swap(before, view):
+                self._show(view)
 
     def sync(self) -> bool:
         """Asks the index and follows it. False where it does not answer."""
@@ -134,7 +137,8 @@ class Follower:
                 return False
             self._answered()
             if view is not before:
-                self._follow(view)
+                with self._swap(before, view):
+                    self._follow(view)
                 if was_up and before.index_id == view.index_id and view.generation > before.generation:
                     self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s))
             else:
@@ -196,6 +200,12 @@ class Follower:
 
     # -- following -----------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _swap(self, before: IndexView, view: IndexView) -> Iterator[None]:
+        with self._traces.change("swap") as told:
+            told |= {"manifold.generation": view.generation, "manifold.generation_before": before.generation}
+            yield
+
     def _follow(self, view: IndexView) -> None:
         known = self.catalog.snapshot.view
         shown = self.loss.over(view) if self.loss is not None else view
@@ -210,6 +220,10 @@ class Follower:
     def _show(self, view: IndexView) -> None:
         """Everything is loaded before anything of it is seen; then one assignment."""
         built = {name: self._build(record) for name, record in view.tasks.items() if record.traffic is not None}
+        with self._traces.part("assign"):
+            self._assign(view, built)
+
+    def _assign(self, view: IndexView, built: Mapping[str, _Live | None]) -> None:
         self._prune(view)
         self._live = {name: live for name, live in sorted(built.items()) if live is not None}
         residents = {r.version.digest: r for live in self._live.values() for r in live.residents}
@@ -270,14 +284,22 @@ class Follower:
         if known is not None:
             return known if known.version.version == record.version else _renumbered(known, record.version)
         began_s = time.monotonic()
-        loaded = self.loader.load(self._store.fetch(record.digest))
+        with self._traces.part("version") as told:
+            told |= {"manifold.task": record.task, "manifold.version": record.version}
+            version, handle = self._fetched(record)
+        self._metrics.loaded(time.monotonic() - began_s)
+        return Resident(version, handle)
+
+    def _fetched(self, record: VersionRecord) -> tuple[TaskVersion, object]:
+        with self._traces.part("fetch"):
+            folder = self._store.fetch(record.digest)
+        loaded = self.loader.load(folder)
         if loaded.digest != record.digest:
             raise ArtifactError(record.task, [f"its content is {loaded.digest} and not {record.digest}"])
         version = loaded.artifact.version(record.version)
         if version.task != record.task:
             raise ArtifactError(record.task, [f"its manifest says that it is of task {version.task}"])
-        self._metrics.loaded(time.monotonic() - began_s)
-        return Resident(version, loaded.handle)
+        return version, loaded.handle
 
     def _warm(self, before: IndexView, view: IndexView) -> None:
         """What was just approved is loaded before anybody makes it live: a swap is quick then, and faults are known."""

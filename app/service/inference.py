@@ -27,6 +27,7 @@ from app.service.resolve import Asker, Target, beside, choose_targets, is_paired
 from app.service.usage import Timings, Usage
 from app.service.watching import Served, WatchPort
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import UNTRACED, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class InferenceService:
         unit: str | None = None,
         request_id: str = "",
         principal: Principal = EVERYBODY,
+        trace: Trace = UNTRACED,
     ) -> Prediction:
         """Answers of every named task (or every one that fits) for each input. Raises any ManifoldError."""
         with self._admission.permit():
@@ -122,23 +124,29 @@ class InferenceService:
             asker = Asker(unit or request_id, may_pin, {key: version for key, (version, _) in pinned.items()})
             targets = choose_targets(snapshot, inputs, tasks, asker)
             extras = [_beside(snapshot, chosen, is_paired(request_id)) for chosen in targets]
-            run = await self._run(inputs, [_distinct(chosen) for chosen in targets], truncate, extras)
+            run = await self._run(inputs, [_distinct(chosen) for chosen in targets], truncate, trace, extras)
             results = [_answers(chosen, reading) for chosen, reading in zip(targets, run.readings, strict=True)]
             self._count(targets, results)
-            self._observe(snapshot, request_id, targets, run)
+            self._observe(snapshot, request_id, targets, run, trace)
             usage, timings = run.usage, run.timings
             self._watch.served(Served(request_id, snapshot.generation, targets, results, run.readings, usage, timings))
             return Prediction(snapshot.generation, results, usage, timings)
 
     async def embed(
-        self, inputs: Sequence[TextInput], model: str, truncate: bool, dimensions: int | None = None
+        self,
+        inputs: Sequence[TextInput],
+        model: str,
+        truncate: bool,
+        dimensions: int | None = None,
+        *,
+        trace: Trace = UNTRACED,
     ) -> Embeddings:
         """Vectors of one representation for each input. Raises any ManifoldError."""
         with self._admission.permit():
             self._check(inputs)
             snapshot = self._current_snapshot()
             version = representation(snapshot, model)
-            run = await self._run(inputs, [(version,)] * len(inputs), truncate)
+            run = await self._run(inputs, [(version,)] * len(inputs), truncate, trace)
             vectors = [_vector(reading.outputs[version.digest], dimensions) for reading in run.readings]
             return Embeddings(snapshot.generation, vectors, run.usage, run.timings)
 
@@ -173,12 +181,15 @@ class InferenceService:
                 outcome = "failure" if isinstance(answers[target.reference], FailedAnswer) else "success"
                 self._metrics.predicted(target.version.task, target.version.version, target.arm, outcome)
 
-    def _observe(self, snapshot: Snapshot, request_id: str, targets: Sequence[Sequence[Target]], run: _Run) -> None:
+    def _observe(
+        self, snapshot: Snapshot, request_id: str, targets: Sequence[Sequence[Target]], run: _Run, trace: Trace
+    ) -> None:
         """What the versions of tasks in an experiment said of the same texts. Never the reason that an answer fails."""
         try:
             self._record(snapshot, request_id, targets, run)
         except Exception:
-            logger.exception("comparing versions failed for one request", extra={"request_id": request_id})
+            extra = {"request_id": request_id, **trace.ids}
+            logger.exception("comparing versions failed for one request", extra=extra)
 
     def _record(self, snapshot: Snapshot, request_id: str, targets: Sequence[Sequence[Target]], run: _Run) -> None:
         compared: dict[str, tuple[Target, dict[int, dict[int, Answer]]]] = {}
@@ -200,6 +211,7 @@ class InferenceService:
         inputs: Sequence[TextInput],
         versions: Sequence[tuple[TaskVersion, ...]],
         truncate: bool,
+        trace: Trace,
         extras: Sequence[tuple[TaskVersion, ...]] | None = None,
     ) -> _Run:
         """`extras`: scored beside where the text is not too long for them, and never a reason to refuse it."""
@@ -209,7 +221,7 @@ class InferenceService:
                 readings[text] = self._look_up(Reading(index, text, asked, more))
         unfinished = [reading for reading in readings.values() if self._is_unfinished(reading)]
         num_known = sum(len(reading.outputs) for reading in readings.values())
-        computed = await self._compute(unfinished, truncate) if unfinished else _NOTHING
+        computed = await self._compute(unfinished, truncate, trace) if unfinished else _NOTHING
         self._take_in(computed)
         self._count_cached(num_known, computed)
         return _Run([readings[text] for text in inputs], computed, not num_known)
@@ -227,12 +239,13 @@ class InferenceService:
     def _is_unfinished(self, reading: Reading) -> bool:
         return reading.encoding is None or bool(reading.missing(self._spec))
 
-    async def _compute(self, readings: Sequence[Reading], truncate: bool) -> Computed:
+    async def _compute(self, readings: Sequence[Reading], truncate: bool, trace: Trace) -> Computed:
         timeout_s = self._limits.deadline_ms / 1000
         deadline_s = time.monotonic() + timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                computed = await asyncio.wrap_future(self._dispatcher.submit(readings, truncate, deadline_s))
+                submitted = self._dispatcher.submit(readings, truncate, deadline_s, trace)
+                computed = await asyncio.wrap_future(submitted)
         except (TimeoutError, DeadlineError) as error:
             self._metrics.rejected("deadline")
             if isinstance(error, DeadlineError):

@@ -19,6 +19,7 @@ from app.engine.engine import Engine
 from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, BackboneError, ManifoldError
+from app.telemetry.tracing import NOT_TRACING, Tracing
 
 FULL_TOLERANCE = 1e-4  # what golden scores may differ by in float32
 HALF_TOLERANCE = 1e-2  # and in the 16-bit types
@@ -47,13 +48,20 @@ class Loaded:
 class Loader:
     """Safe from any thread but the engine's own."""
 
-    def __init__(self, engine: Engine, tokenizer: TextTokenizer, tolerance: float | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        tolerance: float | None = None,
+        traces: Tracing = NOT_TRACING,
+    ) -> None:
         """`tolerance`: what golden scores may differ by; None: what suits the engine's dtype."""
         if tolerance is None:
             tolerance = FULL_TOLERANCE if engine.spec.dtype == "float32" else HALF_TOLERANCE
         self.engine = engine
         self.tokenizer = tokenizer
         self.tolerance = tolerance
+        self._traces = traces
         self._passed: OrderedDict[str, float | None] = OrderedDict()  # digest → worst difference of its golden scores
 
     def load(self, folder: Path, options: Mapping[str, Any] | None = None) -> Loaded:
@@ -62,11 +70,19 @@ class Loader:
         `options` complete a folder that comes straight from PEFT. Content whose golden examples came out right before
         is not asked again: nothing that they depend on has changed.
         """
-        artifact = read_artifact(folder, self.engine.spec, options)
-        handle = self.engine.load(artifact)
+        with self._traces.part("load") as told:
+            with self._traces.part("verify"):
+                artifact = read_artifact(folder, self.engine.spec, options)
+            told |= {"manifold.task": artifact.manifest["task"], "manifold.digest": artifact.digest}
+            return self._load(artifact)
+
+    def _load(self, artifact: Artifact) -> Loaded:
+        with self._traces.part("place"):
+            handle = self.engine.load(artifact)
         try:
             if artifact.digest not in self._passed:
-                self._remember(artifact, self._golden_difference(artifact))
+                with self._traces.part("golden"):
+                    self._remember(artifact, self._golden_difference(artifact))
         finally:
             self.engine.unload(artifact.digest)  # from here on only the handle keeps it
         return Loaded(artifact, handle, self._passed[artifact.digest])

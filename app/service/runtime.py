@@ -14,6 +14,7 @@ from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService
 from app.service.ports import EnginePort, RolloutPort
 from app.telemetry.metrics import Metrics
+from app.telemetry.tracing import Tracing
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class Runtime:
     rollout: RolloutPort
     access: Access
     metrics: Metrics
+    traces: Tracing
     index_health: Callable[[], IndexHealth]
     abandon: Callable[[], None]  # what must be done even where the process ends at once
     close: Callable[[], None]

@@ -15,6 +15,7 @@ from app.config import load_settings
 from app.rollout import Principal, Role
 from app.service.access import EVERYBODY
 from app.service.runtime import Runtime
+from app.telemetry.tracing import UNTRACED
 
 PREDICT = b'{"inputs": ["hello there", {"text": "Paris"}], "tasks": ["spam", "slots", "intent@1"]}'
 EMBED = b'{"model": "tiny", "input": ["hello", "there"], "encoding_format": "base64"}'
@@ -89,7 +90,7 @@ async def _ways(runtime: Runtime, content: bytes, **changes: Any) -> list[str]:
             ways.append("short")
 
     principal = changes.pop("principal", EVERYBODY)
-    state = {"runtime": runtime, "request_id": "r", "principal": principal, "body": content}
+    state = {"runtime": runtime, "request_id": "r", "trace": UNTRACED, "principal": principal, "body": content}
     headers = [(b"content-type", b"application/json")]
     scope: dict[str, Any] = {
         "type": "http",
