@@ -18,7 +18,7 @@ def describe(scope: Scope, status: int | None, error: Exception | None) -> Descr
 
     As the conventions say, a caller's mistake is no error of this span.
     """
-    is_ours = status is not None and status >= 500
+    is_ours = status is not None and (status >= 500 or not isinstance(error, ManifoldError | None))
     attributes = _http(scope) | _of_manifold(scope)
     if status is None:
         attributes["error.type"] = _GONE

@@ -61,7 +61,7 @@ class Traces(Tracing):
         """`sample`: the share of requests that is recorded where their callers do not say."""
         self._outlet = outlet
         self._sample = sample
-        self._resource = Resource(dict(resource))
+        self._resource = _Source(dict(resource))
 
     def begin(self, caller: Caller | None) -> Trace:
         is_sampled = random.random() < self._sample if caller is None else caller.is_sampled
@@ -132,6 +132,17 @@ class Traces(Tracing):
             _place.reset(before)
             span.attributes, span.ended_s = told, time.monotonic()
             self.send(span)
+
+
+class _Source(Resource):
+    """Its hash is kept: the encoder asks for it at each span, and the SDK would write JSON each time."""
+
+    def __init__(self, attributes: dict[str, Attribute]) -> None:
+        super().__init__(attributes)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class _Unrecorded(Trace):

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from app.api.span import describe
 from app.config import Settings
-from app.errors import EngineError
+from app.errors import EngineError, NotFoundError
 from app.main import create_app
 from app.telemetry import outlet as outlets
 from app.telemetry.logs import ACCESS, JsonFormatter
@@ -24,6 +24,14 @@ TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACED = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
 UNSAMPLED = {"traceparent": f"00-{TRACE}-{SPAN}-00"}
 BODY = {"inputs": "a secret", "tasks": ["spam", "intent@1"]}
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/predict",
+    "scheme": "http",
+    "http_version": "1.1",
+    "state": {"request_id": "r-1"},
+}
 
 
 @pytest.fixture
@@ -119,16 +127,14 @@ def test_a_callers_mistake_is_no_error_and_a_fault_of_ours_is(
 
 
 def test_a_client_that_goes_before_its_answer_is_told() -> None:
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/predict",
-        "scheme": "http",
-        "http_version": "1.1",
-        "state": {"request_id": "r-1"},
-    }
-    found = describe(scope, None, None)
+    found = describe(SCOPE, None, None)
     assert (found.name, found.fault, found.attributes["error.type"]) == ("POST", None, "client_gone")
+
+
+def test_what_breaks_behind_the_answers_first_byte_is_a_fault_of_ours() -> None:
+    assert describe(SCOPE, 200, None).fault is None
+    assert describe(SCOPE, 404, NotFoundError("no such task")).fault is None
+    assert describe(SCOPE, 200, RuntimeError("a secret")).fault == "the log has the cause"
 
 
 def test_log_lines_name_the_span(

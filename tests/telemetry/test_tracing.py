@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from app.telemetry.tracing import Caller, Description, Tracing, parse_caller
@@ -58,3 +61,11 @@ def test_without_a_receiver_the_callers_trace_is_only_named() -> None:
         told["manifold.generation"] = 1
     with tracing.change("swap") as told:
         assert told == {}
+
+
+def test_a_server_without_a_receiver_does_not_load_what_sends() -> None:
+    """redis-py loads the SDK's metrics wherever it is installed; what is ours to load stays out."""
+    sending = {"app.telemetry.traces", "app.telemetry.outlet", "opentelemetry.sdk.trace", "google.protobuf"}
+    program = f"import sys, app.main; print(*{sending!r}.intersection(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == []
