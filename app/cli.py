@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from app.client import audit, comparison, control, index, inference, keys, publish, releases
+from app.client import audit, comparison, control, index, inference, keys, publish, releases, top
 from app.client.http import MisuseError, Server, add_server_options, settings_of
 from app.client.setting_options import add_setting_options, given_settings
 from app.client.tables import printable
@@ -27,7 +27,7 @@ _LEARNING = {  # command → its module in app.learning, and what it does
     "compress": ("compress_command", "make a prefix shorter"),
     "experiment": ("experiment_command", "compare combined prefixes with other ways, on data of yours"),
 }
-_CLIENTS = (inference, publish, control, comparison, releases, audit, keys, index)
+_CLIENTS = (inference, publish, control, comparison, releases, audit, keys, index, top)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

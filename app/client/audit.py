@@ -55,6 +55,26 @@ def _entries(server: Server, task: str | None) -> Iterator[Mapping[str, Any]]:
         after = entries[-1]["sequence"]
 
 
+def newest(server: Server, count: int, known: int = 0) -> Sequence[Mapping[str, Any]]:
+    """The last of them, oldest first.
+
+    The end is looked for by halving, for a log may be long, and its numbers have no gaps. `known`: one that it has.
+    """
+    held, step = known, count
+    while _has(server, held + step):
+        held, step = held + step, step * 2
+    beyond = held + step
+    while beyond - held > 1:
+        middle = (held + beyond) // 2
+        held, beyond = (middle, beyond) if _has(server, middle) else (held, middle)
+    entries: Sequence[Mapping[str, Any]] = _page(server, None, max(held - count, 0), count)["entries"]
+    return entries
+
+
+def _has(server: Server, sequence: int) -> bool:
+    return bool(_page(server, None, sequence - 1, 1)["entries"])
+
+
 def _page(server: Server, task: str | None, after: int, limit: int) -> Any:
     of_task = {} if task is None else {"task": task}
     return server.ask("GET", "/v1/audit", parameters={**of_task, "after": after, "limit": limit})
@@ -89,8 +109,13 @@ def _missing(server: Server, sequence: int, wanted: str) -> str:
 def _print_entries(entries: Sequence[Mapping[str, Any]]) -> int:
     shown = table("#", "time", "who", "action", "task", "change", "reason")
     for entry in entries:
-        known = [shorten(value_in_words(entry[side])) for side in ("before", "after") if entry[side] is not None]
         cells = (str(entry["sequence"]), when(entry["at"]), entry["actor"], entry["action"], entry["task"] or "")
-        add_row(shown, *cells, " → ".join(known), entry["reason"])
+        add_row(shown, *cells, change_in_words(entry), entry["reason"])
     show(shown)
     return 0
+
+
+def change_in_words(entry: Mapping[str, Any]) -> str:
+    """From what to what."""
+    known = [shorten(value_in_words(entry[side])) for side in ("before", "after") if entry[side] is not None]
+    return " → ".join(known)

@@ -61,6 +61,7 @@ def task_path(task: str, *parts: str | int) -> str:
 class Server:
     url: str
     key: str | None = field(default=None, repr=False)
+    timeout_s: float = _TIMEOUT_S
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Server:
@@ -87,6 +88,13 @@ class Server:
         content = None if body is None else _encode(body)
         return self._decode(self._send(method, path, content=content, params=parameters, headers=headers))
 
+    def read(self, path: str) -> str:
+        """The answer as text. Raises ManifoldError with a sentence where it is an error."""
+        response = self._send("GET", path, headers={})
+        if not response.is_success:
+            self._decode(response)  # raises, unless what answers there is not Manifold
+        return response.text
+
     def upload(self, path: str, files: Mapping[str, bytes], fields: Mapping[str, str]) -> tuple[Any, bool]:
         """Files and fields of a form; the answer, and whether it says that something was made."""
         parts = [("files", (name, content, "application/octet-stream")) for name, content in files.items()]
@@ -100,7 +108,7 @@ class Server:
             headers["authorization"] = f"Bearer {self.key}"
         # A proxy from the environment is not meant for a server on this machine.
         try:
-            with httpx2.Client(timeout=_TIMEOUT_S, trust_env=not _is_local(self.url)) as client:
+            with httpx2.Client(timeout=self.timeout_s, trust_env=not _is_local(self.url)) as client:
                 return client.request(method, self.url + path, headers=headers, **content)
         except UnicodeEncodeError as error:
             raise MalformedError("the text is not valid UTF-8") from error

@@ -1,0 +1,188 @@
+"""How `manifold top` looks. Knows no server; what does not fit is cut, the least important first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from rich.console import ConsoleDimensions, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from app.client.audit import change_in_words
+from app.client.rates import Between
+from app.client.tables import add_row, percent, printable, size, when
+from app.client.top_figures import (
+    Requests,
+    Row,
+    cached,
+    device_busy,
+    groups,
+    passes_per_request,
+    requests,
+    stage_means_s,
+)
+
+CHANGES = 5  # how many of the last ones are shown
+_UNKNOWN = "–"
+_CHANGES_HEAD = 2  # lines above the first change
+_WORDS = {"task", "arm"}
+_GAP = 2  # between two columns
+
+# Heading, and how a row says it.
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("task", lambda row: row.task),
+    ("version", lambda row: row.version),
+    ("arm", lambda row: row.arm),
+    ("answers/s", lambda row: _figure(row.answers, ".1f")),
+    ("drift", lambda row: _UNKNOWN if row.drift is None else f"{row.drift[0]:.2f} {row.drift[1]}"),
+    ("failed", lambda row: percent(row.failed)),
+    ("passes", lambda row: _figure(row.passes, ".2f")),
+    ("device", lambda row: percent(row.device)),
+)
+_DISPENSABLE = ("device", "passes", "failed", "drift", "arm", "version")  # left out in this order where it is narrow
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """All that is shown at once."""
+
+    url: str
+    read_at: float  # seconds since the epoch
+    info: Mapping[str, Any]
+    tasks: Sequence[Mapping[str, Any]]
+    between: Between
+    changes: Sequence[Mapping[str, Any]]  # of the audit log, oldest first
+    untold: str = ""  # why the changes are not known
+    trouble: str = ""  # why all of this is old
+
+
+def view(frame: Frame, order: str, room: ConsoleDimensions) -> RenderableType:
+    """What fits a terminal of this size: the tasks that come first in the order, changes on at most a third of it."""
+    head, changes = list(_head(frame)), list(_changes(frame))
+    rows = [row for group in groups(frame.tasks, frame.between, order) for row in group]
+    left = room.height - len(head) - 3  # an empty line, the headings, and what says how many are left out
+    if len(rows) + len(changes) > left:
+        changes = changes[: max(left - len(rows), left // 3)]
+        changes = changes if len(changes) > _CHANGES_HEAD else []
+    fitting = max(left - len(changes), 0)
+    missing = [_line(f"… {len(rows) - fitting} more rows")] if len(rows) > fitting else []
+    return Group(*head, Text(), _table(rows[:fitting], room.width), *missing, *changes)
+
+
+def plain(frame: Frame, order: str) -> RenderableType:
+    """All of it, at any length."""
+    rows = [row for group in groups(frame.tasks, frame.between, order) for row in group]
+    return Group(*_head(frame), Text(), _table(rows, None), *_changes(frame))
+
+
+# -- the head ----------------------------------------------------------------------------------------------------------
+
+
+def _head(frame: Frame) -> Iterator[Text]:
+    if frame.trouble:
+        yield _line(f"{frame.trouble}; all below is of {when(frame.read_at)}", "bold red")
+    yield _server(frame)
+    for asked in requests(frame.between):
+        yield _line(_requests(asked))
+    yield _engine(frame.between)
+    yield _stages(frame.between)
+    yield from _index(frame.between)
+
+
+def _server(frame: Frame) -> Text:
+    backbone, between = frame.info["backbone"], frame.between
+    runs = f"{backbone['name']} on {backbone['device']} in {backbone['dtype']}"
+    generation = _figure(between.gauge("manifold_generation"), ".0f")
+    started = between.gauge("process_start_time_seconds")
+    up = _UNKNOWN if started is None else str(timedelta(seconds=max(int(frame.read_at - started), 0)))
+    return _line(f"{frame.url}  {runs}  generation {generation}  up {up}  {when(frame.read_at)}", "bold")
+
+
+def _requests(asked: Requests) -> str:
+    name = asked.route.rpartition("/")[2]
+    times = f"p50 {_milliseconds(asked.p50_s)}  p99 {_milliseconds(asked.p99_s)}"
+    return f"{name:<11} {_figure(asked.rate, '.1f')}/s  {times}  failed {percent(asked.failed)}"
+
+
+def _engine(between: Between) -> Text:
+    rejected = _figure(between.rate("manifold_rejected_total") or 0.0, ".1f")
+    memory = between.gauge("process_resident_memory_bytes")
+    parts = (
+        f"{'engine':<11} {_figure(passes_per_request(between), '.2f')} passes a request",
+        f"device {percent(device_busy(between))}",
+        f"{_figure(between.mean('manifold_batch_rows'), '.1f')} rows a batch",
+        f"{_figure(between.gauge('manifold_queue_rows'), '.0f')} waiting",
+        f"turned away {rejected}/s",
+        f"cached {percent(cached(between))}",
+        f"memory {_UNKNOWN if memory is None else size(int(memory))}",
+    )
+    return _line("  ".join(parts))
+
+
+def _stages(between: Between) -> Text:
+    """The longest one is bold."""
+    means_s = stage_means_s(between)
+    longest = max((mean for mean in means_s.values() if mean is not None), default=None)
+    line = _line(f"{'stages':<11}")
+    for stage, mean in means_s.items():
+        is_longest = mean is not None and mean == longest
+        line.append(f" {stage} {_milliseconds(mean)} ", "bold" if is_longest else "")
+    line.rstrip()
+    return line
+
+
+def _index(between: Between) -> Iterator[Text]:
+    """Only what is wrong."""
+    if between.gauge("manifold_index_up") == 0:
+        staleness_s = _figure(between.gauge("manifold_index_staleness_seconds"), ".0f")
+        yield _line(f"the index does not answer for {staleness_s} s: what is live stays live", "bold red")
+    if failures := between.increase("manifold_prefix_load_failures_total"):
+        yield _line(f"{failures:.0f} loads of versions failed: manifold index says which", "bold red")
+
+
+# -- tasks and changes -------------------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Row], width: int | None) -> Table:
+    columns = _fitting([(heading, [say(row) for row in rows]) for heading, say in _COLUMNS], width)
+    shown = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    for heading, _ in columns:
+        shown.add_column(heading, no_wrap=True, overflow="ellipsis", justify="left" if heading in _WORDS else "right")
+    for cells in zip(*(cells for _, cells in columns), strict=True):
+        add_row(shown, *cells)
+    return shown
+
+
+def _fitting(columns: list[tuple[str, list[str]]], width: int | None) -> list[tuple[str, list[str]]]:
+    needed = {heading: max(map(len, (heading, *cells))) + _GAP for heading, cells in columns}
+    for heading in _DISPENSABLE:
+        if width is not None and sum(needed.values()) - _GAP > width:
+            del needed[heading]
+    return [column for column in columns if column[0] in needed]
+
+
+def _changes(frame: Frame) -> Iterator[Text]:
+    """The newest first."""
+    yield Text()
+    if frame.untold:
+        yield _line(f"the last changes are left out: {frame.untold}", "dim")
+        return
+    yield _line("last changes" if frame.changes else "no changes yet", "bold")
+    for entry in reversed(frame.changes):
+        told = (when(entry["at"]), entry["actor"], entry["action"], entry["task"] or "", change_in_words(entry))
+        yield _line("  ".join(part for part in (*told, entry["reason"]) if part))
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(printable(text), style, no_wrap=True, overflow="ellipsis", end="\n")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return _UNKNOWN if value is None else format(value, form)
+
+
+def _milliseconds(value_s: float | None) -> str:
+    return _UNKNOWN if value_s is None else f"{1000 * value_s:.3g} ms"
