@@ -103,7 +103,7 @@ def _server(frame: Frame) -> Text:
 
 def _requests(asked: Requests) -> str:
     name = asked.route.rpartition("/")[2]
-    times = f"p50 {_milliseconds(asked.p50_s)}  p99 {_milliseconds(asked.p99_s)}"
+    times = f"p50 {_time(asked.p50_s)}  p99 {_time(asked.p99_s)}"
     return f"{name:<11} {_figure(asked.rate, '.1f')}/s  {times}  failed {percent(asked.failed)}"
 
 
@@ -129,7 +129,7 @@ def _stages(between: Between) -> Text:
     line = _line(f"{'stages':<11}")
     for stage, mean in means_s.items():
         is_longest = mean is not None and mean == longest
-        line.append(f" {stage} {_milliseconds(mean)} ", "bold" if is_longest else "")
+        line.append(f" {stage} {_time(mean)} ", "bold" if is_longest else "")
     line.rstrip()
     return line
 
@@ -184,5 +184,7 @@ def _figure(value: float | None, form: str) -> str:
     return _UNKNOWN if value is None else format(value, form)
 
 
-def _milliseconds(value_s: float | None) -> str:
-    return _UNKNOWN if value_s is None else f"{1000 * value_s:.3g} ms"
+def _time(value_s: float | None) -> str:
+    if value_s is None:
+        return _UNKNOWN
+    return f"{value_s:.1f} s" if value_s >= 1 else f"{1000 * value_s:.3g} ms"

@@ -24,7 +24,7 @@ from tests.docker.files import (
     titles,
 )
 from tests.docker.known import LABELS, PLANNED, kinds, series
-from tests.docker.promql import names
+from tests.docker.promql import demanding, names
 
 CONFIG: dict[str, Any] = read_yaml(PROMETHEUS / "prometheus.yml")
 UNIT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
@@ -51,6 +51,19 @@ def is_about(alert: str, expression: str) -> bool:
 )
 def test_names_are_taken_out_of_expressions(expression: str, metrics: set[str], labels: set[str]) -> None:
     assert (names(expression).metrics, names(expression).labels) == (metrics, labels)
+
+
+@pytest.mark.parametrize(
+    ("expression", "stricter"),
+    [
+        ("up == 0 or absent(up)", "up == bool 0 and (up)"),
+        ('a{l!="or > }"}[5m] >= 2 unless (b <bool 1)', 'a{l!="or > }"}[5m] >= bool 2 and (b <bool 1)'),
+        ('x or on () label_replace(y, "unless", "", "", "")', 'x and on () label_replace(y, "unless", "", "", "")'),
+        ("sum by (floor) (rate(a[1m])) / (b > 0)", "sum by (floor) (rate(a[1m])) / (b > bool 0)"),
+    ],
+)
+def test_a_stricter_expression_needs_data_of_every_part(expression: str, stricter: str) -> None:
+    assert demanding(expression) == stricter
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("record") or rule["alert"])
