@@ -102,6 +102,16 @@ def test_the_readme_has_every_alert() -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
+def test_the_readme_sends_to_what_the_alert_sends_to(name: str) -> None:
+    (told,) = re.findall(rf"^\| `{name}` \|.*\|(.*)\|$", README, re.MULTILINE)
+    description = ALERTS[name]["annotations"]["description"]
+    panels = set(re.findall(r'"([A-Z][^"]+)"', description))
+    commands = set(re.findall(r"\bmanifold (?:audit|compare|index|pack|rollback|why)\b", description))
+    assert panels <= set(re.findall(r"\*([A-Z][^*]+)\*", told))
+    assert commands <= set(re.findall(r"`(manifold \w+)", told))
+
+
+@pytest.mark.parametrize("name", ALERTS)
 def test_every_alert_is_tested_to_fire_and_not_to_fire(name: str) -> None:
     cases = [case for path in UNIT_TESTS for case in asked(path) if is_about(name, case["expr"])]
     assert any(case["exp_samples"] and 'alertstate="firing"' in case["expr"] for case in cases)

@@ -6,6 +6,7 @@ A real server, slow in one stage after the other, under a real Prometheus. Nothi
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +18,10 @@ import pytest
 
 from app.engine.backbone import Backbone
 from tests.artifacts import write_artifact
-from tests.docker.files import filled_in, panels
+from tests.docker.files import README, filled_in, panels
 from tests.docker.live import Prometheus, needs_prometheus
 from tests.serving import ServerProcess
 from tests.slow_server import STAGES
-
-pytestmark = needs_prometheus
 
 DELAY_S = 0.3
 CALLERS = 3  # what is slow makes others wait, and the queue must not be blamed for it
@@ -83,6 +82,7 @@ def slowest(by_stage: dict[str, float]) -> str:
     return max({*by_stage} - {"queue"}, key=lambda stage: by_stage[stage])
 
 
+@needs_prometheus
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_panels_name_the_stage_that_is_slow(watched: Watched, stage: str) -> None:
     watched.stage.write_text(stage)
@@ -91,3 +91,9 @@ def test_the_panels_name_the_stage_that_is_slow(watched: Watched, stage: str) ->
         while len(seen := watched.panel(title)) < len(STAGES) or slowest(seen) != stage:
             assert time.monotonic() < until_s, (title, seen)
             time.sleep(0.25)
+
+
+def test_the_readme_explains_every_stage() -> None:
+    section = README.partition("**To find the slow stage**")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(STAGES)
+    assert all(f"*{title}*" in section for title in TITLES)
