@@ -56,8 +56,8 @@ def _top(options: argparse.Namespace) -> int:
     first = feed.read()
     if options.once or not sys.stdout.isatty():
         time.sleep(options.interval)
-        width = None if sys.stdout.isatty() else _PIPED_WIDTH
-        Console(width=width, highlight=False).print(plain(feed.read(), options.sort))
+        console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+        console.print(plain(feed.read(), options.sort, console.width))
         return 0
     with contextlib.suppress(KeyboardInterrupt):  # this is how one leaves it
         _watch(feed, first, options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import ConsoleDimensions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -72,10 +73,10 @@ def view(frame: Frame, order: str, room: ConsoleDimensions) -> RenderableType:
     return Group(*head, Text(), _table(rows[:fitting], room.width), *missing, *changes)
 
 
-def plain(frame: Frame, order: str) -> RenderableType:
+def plain(frame: Frame, order: str, width: int) -> RenderableType:
     """All of it, at any length."""
     rows = [row for group in groups(frame.tasks, frame.between, order) for row in group]
-    return Group(*_head(frame), Text(), _table(rows, None), *_changes(frame))
+    return Group(*_head(frame), Text(), _table(rows, width), *_changes(frame))
 
 
 # -- the head ----------------------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def _index(between: Between) -> Iterator[Text]:
 # -- tasks and changes -------------------------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Row], width: int | None) -> Table:
+def _table(rows: Sequence[Row], width: int) -> Table:
     columns = _fitting([(heading, [say(row) for row in rows]) for heading, say in _COLUMNS], width)
     shown = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
     for heading, _ in columns:
@@ -156,10 +157,10 @@ def _table(rows: Sequence[Row], width: int | None) -> Table:
     return shown
 
 
-def _fitting(columns: list[tuple[str, list[str]]], width: int | None) -> list[tuple[str, list[str]]]:
-    needed = {heading: max(map(len, (heading, *cells))) + _GAP for heading, cells in columns}
+def _fitting(columns: list[tuple[str, list[str]]], width: int) -> list[tuple[str, list[str]]]:
+    needed = {heading: max(map(cell_len, (heading, *cells))) + _GAP for heading, cells in columns}
     for heading in _DISPENSABLE:
-        if width is not None and sum(needed.values()) - _GAP > width:
+        if sum(needed.values()) - _GAP > width:
             del needed[heading]
     return [column for column in columns if column[0] in needed]
 

@@ -141,6 +141,12 @@ def test_the_worst_drift_of_a_version_is_shown(metrics: Metrics, capsys: pytest.
     assert any("0.31 length" in line and line.startswith("spam") for line in lines)
 
 
+def test_a_pipe_gets_one_look(metrics: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(server(metrics)) as recorded:
+        assert main(["top", "--interval", "0.2", "--url", recorded.url]) == 0
+    assert "p50 15 ms" in capsys.readouterr().out
+
+
 def test_a_restart_between_two_looks_is_no_rate_below_zero(
     metrics: Metrics, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from tests.docker.files import (
     PROMETHEUS,
     README,
     RECORDED,
+    RULES,
     SERVICES,
     expressions,
     filled_in,
@@ -24,11 +25,12 @@ from tests.docker.files import (
     read_yaml,
     titles,
 )
-from tests.docker.known import LABELS, series
+from tests.docker.known import LABELS, kinds, series
 from tests.docker.promql import names
 
 PROVISIONING = DOCKER / "grafana" / "provisioning"
 SOURCE = {"type": "prometheus", "uid": "prometheus"}
+RULED = [rule["expr"] for rule in RULES]
 GRAFANAS_OWN = {"__rate_interval", "__range"}
 every_dashboard = pytest.mark.parametrize("name", DASHBOARDS)
 
@@ -85,6 +87,26 @@ def test_every_expression_asks_for_metrics_that_exist(name: str) -> None:
         found = names(expression)
         assert found.metrics and found.metrics <= series() | set(RECORDED), expression
         assert found.labels <= LABELS, expression
+
+
+RANGED = re.compile(r"\b(\w+)\((\w+)(?:\{[^}]*\})?\[")
+QUANTILE = re.compile(r"histogram_quantile\(0\.\d+, sum by \(([^)]*)\) \(rate\((\w+)")
+OF_COUNTERS, OF_GAUGES = ("rate", "increase"), ("deriv", "avg_over_time", "min_over_time", "max_over_time", "changes")
+
+
+@pytest.mark.parametrize("expression", sorted({*(e for name in DASHBOARDS for e in expressions(name)), *RULED}))
+def test_rates_are_of_counters_and_quantiles_of_buckets(expression: str) -> None:
+    """A rate of a gauge, or a quantile without its bounds, is a number that means nothing."""
+    for function, metric in RANGED.findall(expression):
+        assert function in (OF_COUNTERS if is_counted(metric) else OF_GAUGES), f"{function} of {metric}"
+    quantiles = QUANTILE.findall(expression)
+    assert len(quantiles) == expression.count("histogram_quantile(")
+    assert all("le" in by.split(", ") and metric.endswith("_bucket") for by, metric in quantiles)
+
+
+def is_counted(metric: str) -> bool:
+    known = kinds()
+    return known.get(metric) == "counter" or known.get(re.sub("_(bucket|sum|count)$", "", metric)) == "histogram"
 
 
 @every_dashboard
