@@ -112,8 +112,9 @@ class BusyServer:
         gated = self._publish("gated", 9)
         self._traffic("spam", champion=1, challenger=second, canary_percent=50, shadow=[third])
         self._traffic("gated", champion=1, challenger=gated, canary_percent=50, gates=_TIGHT)
-        self._lose_an_artifact()
+        self._lose_an_artifact(11)
         self._lose_redis()
+        self._lose_an_artifact(12)  # once more, so that its counter grows and an alert goes on firing
         seed = 20
         while not self._ended.wait(0.5):  # a version that is new to the server, and a champion that was before
             seed += 1
@@ -130,9 +131,9 @@ class BusyServer:
     def _traffic(self, task: str, **wish: Any) -> None:
         self.server.ask("PUT", f"/v1/tasks/{task}/traffic", wish)
 
-    def _lose_an_artifact(self) -> None:
+    def _lose_an_artifact(self, seed: int) -> None:
         """Its files are gone from the store and from the cache by the time it is approved."""
-        folder = write_artifact(self.folder / "lost", self.spec, "spam", ("ham", "spam"), seed=11)
+        folder = write_artifact(self.folder / f"lost-{seed}", self.spec, "spam", ("ham", "spam"), seed=seed)
         record, _ = publish(self.server, "spam", read_folder(folder), "")
         digest = record["digest"].removeprefix("sha256:")
         for path in (self.folder / "home").rglob(f"*{digest[2:]}*"):
