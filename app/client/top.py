@@ -22,7 +22,7 @@ from app.client.http import AnsweredError, Server, add_server_options
 from app.client.rates import Between, Scrape
 from app.client.top_figures import ORDERS
 from app.client.top_view import CHANGES, Frame, plain, view
-from app.errors import ManifoldError
+from app.errors import ManifoldError, UnavailableError
 from app.telemetry.exposition import read_exposition
 
 _TIMEOUT_S = 5.0  # a view that waits longer shows nothing new
@@ -98,8 +98,7 @@ class Feed:
 
     def read(self) -> Frame:
         """Raises ManifoldError; what was read before is kept then."""
-        samples = read_exposition(self._server.read("/metrics"))
-        scrape = Scrape(time.monotonic(), samples)
+        scrape = self._look()
         between = Between(self._scrape, scrape)
         stamp = (between.gauge("manifold_generation"), between.gauge("process_start_time_seconds"))
         if self._told is None or self._told.stamp != stamp:
@@ -109,6 +108,13 @@ class Feed:
         self._scrape = scrape
         told = self._told
         return Frame(self._server.url, time.time(), told.info, told.tasks, between, self._changes, self._untold)
+
+    def _look(self) -> Scrape:
+        text = self._server.read("/metrics")
+        try:
+            return Scrape(time.monotonic(), read_exposition(text))
+        except ValueError as error:
+            raise UnavailableError(f"what {self._server.url}/metrics says cannot be read: {error}") from error
 
     def _read_changes(self) -> None:
         """Only once where the key may not: each refusal is written into that very log."""

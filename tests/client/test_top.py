@@ -213,7 +213,7 @@ def test_what_is_wrong_with_the_index_is_told(metrics: Metrics, capsys: pytest.C
 @pytest.mark.parametrize(
     ("answers", "sentence"),
     [
-        ({"metrics": [(200, b"<html>")]}, "what /metrics says cannot be read"),
+        ({"metrics": [(200, b"<html>")]}, "/metrics says cannot be read"),
         ({"metrics": [(404, b"<html>")]}, "is not Manifold (status 404)"),
         ({"tasks": [(401, {"error": "no"})]}, "this server asks for a key"),
     ],
