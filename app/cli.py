@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from app.client import audit, comparison, control, index, inference, keys, publish, releases, top
+from app.client import audit, comparison, control, index, inference, keys, publish, releases, top, why
 from app.client.http import MisuseError, Server, add_server_options, settings_of
 from app.client.setting_options import add_setting_options, given_settings
-from app.client.tables import printable
 from app.config import Settings
 from app.errors import ManifoldError
+from app.rollout import printable
 
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
 _LEARNING = {  # command → its module in app.learning, and what it does
@@ -27,7 +27,7 @@ _LEARNING = {  # command → its module in app.learning, and what it does
     "compress": ("compress_command", "make a prefix shorter"),
     "experiment": ("experiment_command", "compare combined prefixes with other ways, on data of yours"),
 }
-_CLIENTS = (inference, publish, control, comparison, releases, audit, keys, index, top)
+_CLIENTS = (inference, publish, control, comparison, releases, audit, why, keys, index, top)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

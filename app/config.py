@@ -94,6 +94,17 @@ class Settings(BaseSettings):
     trace_sample: float = Field(
         1.0, ge=0, le=1, description="the share of requests that is traced where no traceparent says it"
     )
+    prediction_log: str | None = Field(
+        None, description="where answers are kept for audits: a folder or an fsspec URL; unset keeps none"
+    )
+    prediction_log_format: Literal["jsonl", "parquet"] = Field("jsonl", description="jsonl or parquet")
+    prediction_log_sample: float = Field(1.0, ge=0, le=1, description="the share of requests that it keeps")
+    prediction_log_texts: bool = Field(False, description="keep texts too; without, only their sha256")
+    prediction_log_part_bytes: int = Field(64_000_000, ge=1, description="bytes of one file of it, as JSON lines")
+    prediction_log_part_s: float = Field(3600.0, ge=1, description="after this time it begins another file")
+    prediction_log_limit_bytes: int = Field(
+        10_000_000_000, ge=1, description="bytes of this server's files that are kept; the oldest go first"
+    )
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
 

@@ -128,6 +128,12 @@ class TextInput:
     def kind(self) -> InputKind:
         return InputKind.TEXT if self.text_pair is None else InputKind.PAIR
 
+    @property
+    def sha256(self) -> str:
+        """Of the text in UTF-8; of a pair, of both with a zero byte between them."""
+        whole = self.text if self.text_pair is None else f"{self.text}\0{self.text_pair}"
+        return hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding:

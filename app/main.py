@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.middleware import Middleware
 
-from app.api import audit, comparison, control, embeddings, health, index, keys, predict, releases, tasks
+from app.api import audit, comparison, control, embeddings, health, index, keys, predict, predictions, releases, tasks
 from app.api.errors import install_handlers
 from app.api.middleware import Body, Border, Gatekeeper
 from app.api.shortcut import Shortcut
@@ -34,6 +34,8 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
 from app.registry.comparison import Comparisons
 from app.registry.opening import open_registry
+from app.registry.prediction_parts import PartWriter
+from app.registry.prediction_store import PredictionStore
 from app.registry.store import ArtifactStore
 from app.service.access import Access, BackgroundNotes
 from app.service.admission import Admission
@@ -43,10 +45,12 @@ from app.service.first_start import Beginning, begin, find_beginning, live_folde
 from app.service.hot_swap import Follower
 from app.service.inference import InferenceService, Limits
 from app.service.loading import HALF_TOLERANCE, Loader
+from app.service.prediction_log import PredictionLog
 from app.service.rollout import Rollout
 from app.service.runtime import Runtime
 from app.service.upkeep import Upkeep
-from app.service.watching import Watch
+from app.service.watching import Watch, Watcher
+from app.service.why import Why
 from app.telemetry.logs import configure_logging
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import NOT_TRACING, Tracing
@@ -84,7 +88,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         redoc_url=None,
     )
     install_handlers(app)
-    for module in (predict, embeddings, comparison, tasks, control, releases, audit, keys, index, health):
+    for module in (predict, embeddings, comparison, tasks, control, releases, audit, predictions, keys, index, health):
         app.include_router(module.router)
     return app
 
@@ -124,6 +128,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     following, store, comparisons = registry.index, registry.store, Comparisons(registry.redis)
     beginning = find_beginning(following, registry.last_good)
     check_host(settings, beginning is not None and bool(beginning.view.keys))
+    predictions = _open_predictions(settings)
     loader = _open_loader(settings, beginning, store, metrics, traces)
     opened.callback(loader.engine.close)
     follower = Follower(
@@ -150,7 +155,10 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     recorder, catalog = Recorder(), follower.catalog
     upkeep = Upkeep(recorder, comparisons, following, follower, metrics, settings.feedback_window_s)
     notes = BackgroundNotes(following.note)
-    watch = Watch([], metrics.unwatched)
+    watchers: list[Watcher] = []
+    if predictions is not None:
+        watchers.append(_start_prediction_log(settings, predictions, metrics))
+    watch = Watch(watchers, metrics.unwatched)
     access = _open_access(settings, catalog, notes)
     for thread in (follower, upkeep, watch):
         thread.start()
@@ -188,6 +196,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         admission,
         rollout,
         access,
+        Why(predictions, settings.prediction_log_sample, catalog, rollout.audit),
         metrics,
         traces,
         lambda: follower.health,
@@ -208,6 +217,26 @@ def _open_traces(settings: Settings, server: str, metrics: Metrics) -> Tracing:
         "service.instance.id": server,
     }
     return Traces(Outlet(settings.otlp_endpoint, metrics.spans_dropped), settings.trace_sample, resource)
+
+
+def _open_predictions(settings: Settings) -> PredictionStore | None:
+    url, kind = settings.prediction_log, settings.prediction_log_format
+    if url is None:
+        return None
+    return PredictionStore(url, settings.home.absolute(), kind, settings.prediction_log_limit_bytes)
+
+
+def _start_prediction_log(settings: Settings, store: PredictionStore, metrics: Metrics) -> PredictionLog:
+    most_bytes, most_s = settings.prediction_log_part_bytes, settings.prediction_log_part_s
+    log = PredictionLog(
+        PartWriter(store.folder, store.server, most_bytes, most_s),
+        store,
+        metrics,
+        sample=settings.prediction_log_sample,
+        has_texts=settings.prediction_log_texts,
+    )
+    log.start()
+    return log
 
 
 def _open_access(settings: Settings, catalog: Catalog, notes: BackgroundNotes) -> Access:

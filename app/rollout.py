@@ -6,7 +6,7 @@ Standard library only. Knows nothing of Redis, files, tensors or HTTP; `app.regi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -222,3 +222,38 @@ class IndexView:
 
 
 EMPTY_VIEW = IndexView("", 0, MappingProxyType({}), MappingProxyType({}))
+
+
+# -- in words, for people and for logs ---------------------------------------------------------------------------------
+
+
+def traffic_in_words(traffic: Mapping[str, Any] | None) -> str:
+    """champion 3, challenger 4 at 10 %, shadow 5"""
+    if traffic is None:
+        return "nothing live"
+    arms = [f"champion {traffic['champion']}"]
+    arms += [f"challenger {c['version']} at {c['percent']:g} %" for c in traffic.get("challengers", ())]
+    arms += [f"shadow {version}" for version in traffic.get("shadow", ())]
+    return ", ".join(arms)
+
+
+def value_in_words(value: Any) -> str:
+    """Any JSON value of the audit log in one line."""
+    if isinstance(value, Mapping):
+        if "champion" in value:
+            return traffic_in_words(value)
+        if set(value) == {"traffic"}:
+            return value_in_words(value["traffic"])
+        if {"version", "state"} <= set(value):
+            return f"version {value['version']} {value['state']}"
+        return ", ".join(f"{name} {value_in_words(content)}" for name, content in value.items() if content is not None)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(value_in_words, value))
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def printable(text: str) -> str:
+    """Neither breaks a line nor moves the cursor."""
+    return "".join(character if character.isprintable() else "·" for character in text)

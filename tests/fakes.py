@@ -25,6 +25,7 @@ from app.domain import (
     TextInput,
 )
 from app.errors import UnavailableError
+from app.registry.prediction_store import PredictionStore
 from app.rollout import SLOTS, Challenger, IndexView, Segment, State, TaskRecord, Traffic, VersionRecord
 from app.service.access import Access
 from app.service.admission import Admission
@@ -34,6 +35,7 @@ from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService, Limits
 from app.service.runtime import Runtime
 from app.service.watching import Served
+from app.service.why import Why
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import NOT_TRACING, Tracing
 from tests.fake_rollout import FakeRollout
@@ -273,6 +275,7 @@ def make_runtime(
     observer: FakeObserver | None = None,
     watch: FakeWatch | None = None,
     traces: Tracing = NOT_TRACING,
+    predictions: PredictionStore | None = None,
 ) -> Runtime:
     engine = engine if engine is not None else FakeEngine()
     metrics = Metrics()
@@ -309,6 +312,7 @@ def make_runtime(
         admission,
         rollout,
         access,
+        Why(predictions, settings.prediction_log_sample, catalog, rollout.audit),
         metrics,
         traces,
         lambda: IndexHealth(up=True),

@@ -250,6 +250,7 @@ OPERATIONS: list[tuple[str, str, Any, frozenset[Role]]] = [
     ("POST", "/v1/releases/none/rollback", {}, frozenset({Role.OPERATE})),
     ("GET", "/v1/audit", None, frozenset({Role.AUDIT})),
     ("GET", "/v1/audit/verify", None, frozenset({Role.AUDIT})),
+    ("GET", "/v1/predictions/none", None, frozenset({Role.AUDIT})),
     ("GET", "/v1/keys", None, frozenset()),
     ("POST", "/v1/keys", {"name": "anonymous", "roles": ["admin"]}, frozenset()),
     ("DELETE", "/v1/keys/none", None, frozenset()),

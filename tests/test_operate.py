@@ -185,6 +185,7 @@ def test_every_operation_of_the_api_has_a_command_and_every_command_prints_json_
     assert "is revoked" in shell.say("keys", "revoke", key["id"])
     for action in ("restore", "accept"):
         assert "the index lost nothing" in shell.refused("index", action)
+    assert "keeps no prediction log" in shell.refused("why", "r")
     assert "no answer of task all" in shell.refused("feedback", "r", "all", "--label", "ham")
 
     document = httpx2.get(f"{shell.url}/openapi.json", trust_env=False).json()

@@ -124,6 +124,8 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.rolled_back("spam", "gate")
     metrics.unwatched()
     metrics.spans_dropped(4)
+    metrics.logged(7)
+    metrics.log_dropped("full", 2)
     metrics.loaded(0.02)
     metrics.load_failed("artifact")
     metrics.index_answered()
@@ -158,6 +160,8 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_arm_disagreement_total{task=spam}": 3.0,
         "manifold_watch_dropped_total": 1.0,
         "manifold_spans_dropped_total": 4.0,
+        "manifold_prediction_log_rows_total": 7.0,
+        "manifold_prediction_log_dropped_total{reason=full}": 2.0,
         "manifold_rollbacks_total{cause=gate,task=spam}": 1.0,
         "manifold_prefix_load_duration_seconds_count": 1.0,
         "manifold_prefix_load_duration_seconds_sum": 0.02,

@@ -25,7 +25,7 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
     state, method, path = scope["state"], scope["method"], scope["path"][:200]
     fields: dict[str, object] = {
         "method": method,
-        "route": getattr(scope.get("route"), "path", "none"),
+        "route": getattr(scope.get("route"), "path_format", "none"),
         "status": status,
         "duration_ms": round(1000 * duration_s, 3),
     }

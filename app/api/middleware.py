@@ -247,7 +247,7 @@ def _count(scope: Scope, status: int, duration_s: float) -> None:
     """By the route's template, so that there are only so many."""
     route = scope.get("route")
     metrics: Metrics = scope["state"]["runtime"].metrics
-    metrics.answered(str(getattr(route, "path", "none")), status, duration_s)
+    metrics.answered(str(getattr(route, "path_format", "none")), status, duration_s)
 
 
 def milliseconds(duration_s: float) -> str:

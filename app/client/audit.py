@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from app.client.http import Server, add_client_options
-from app.client.tables import add_row, print_json, say, shorten, show, table, value_in_words, when
+from app.client.tables import add_row, print_json, say, shorten, show, table, when
+from app.rollout import value_in_words
 
 _PAGE = 1000
 _HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]*)")

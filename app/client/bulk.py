@@ -29,9 +29,10 @@ from app.client.bulk_sink import SINKS
 from app.client.bulk_source import ROWS, Chunk, RawChunk, format_of, read_chunks
 from app.client.http import MisuseError, Server, settings_of
 from app.client.setting_options import given_settings
-from app.client.tables import print_json, printable, say
+from app.client.tables import print_json, say
 from app.config import Settings, option_name
 from app.errors import ManifoldError
+from app.rollout import printable
 
 SOME_FAILED = 3
 _INTERRUPTED = 130

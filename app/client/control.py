@@ -13,8 +13,9 @@ from typing import Any
 
 from app.client.http import Server, add_client_options, task_path
 from app.client.publish import tell_next
-from app.client.tables import gates_in_words, print_json, say, traffic_in_words
+from app.client.tables import gates_in_words, print_json, say
 from app.errors import MalformedError, NotFoundError
+from app.rollout import traffic_in_words
 
 Wish = dict[str, Any]  # one task's traffic as the server reads and shows it
 

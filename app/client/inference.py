@@ -21,9 +21,9 @@ from app.client.tables import (
     shorten,
     show,
     table,
-    traffic_in_words,
 )
 from app.config import Settings
+from app.rollout import traffic_in_words
 
 _INPUT_FORMATS = ("jsonl", "csv", "tsv", "parquet")
 _OF_SERVERS = {  # settings that mean nothing where nobody connects

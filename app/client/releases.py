@@ -13,10 +13,10 @@ from urllib.parse import quote
 from app.client.control import promoted
 from app.client.http import Server, add_client_options
 from app.client.publish import approve, publish, read_folder
-from app.client.tables import add_row, print_json, say, show, table, traffic_in_words, when
+from app.client.tables import add_row, print_json, say, show, table, when
 from app.domain import content_digest
 from app.errors import MalformedError, UnavailableError
-from app.rollout import State
+from app.rollout import State, traffic_in_words
 
 _PROPOSAL = "release.json"  # in the folder that `manifold pack` writes
 _WAIT_S, _POLL_S = 30.0, 0.1

@@ -1,4 +1,4 @@
-"""What people read: tables and lines of plain text. Knows how versions and traffic are named, and no endpoint.
+"""What people read: tables and lines of plain text. Knows no endpoint.
 
 What a server sends is never markup, and never moves the cursor.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from app.rollout import printable
 
 
 def print_json(answer: Any) -> int:
@@ -49,10 +51,6 @@ def short_digest(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
-def printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "·" for character in text)
-
-
 def when(seconds: float) -> str:
     """Seconds since the epoch, in UTC."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}Z"
@@ -66,35 +64,8 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.1f} MB" if size_bytes >= 1e6 else f"{size_bytes / 1e3:.1f} kB"
 
 
-def traffic_in_words(traffic: Mapping[str, Any] | None) -> str:
-    """champion 3, challenger 4 at 10 %, shadow 5"""
-    if traffic is None:
-        return "nothing live"
-    arms = [f"champion {traffic['champion']}"]
-    arms += [f"challenger {c['version']} at {c['percent']:g} %" for c in traffic.get("challengers", ())]
-    arms += [f"shadow {version}" for version in traffic.get("shadow", ())]
-    return ", ".join(arms)
-
-
 def gates_in_words(gates: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {bound:g}" for name, bound in gates.items() if bound is not None)
-
-
-def value_in_words(value: Any) -> str:
-    """Any JSON value of the audit log in one line."""
-    if isinstance(value, Mapping):
-        if "champion" in value:
-            return traffic_in_words(value)
-        if set(value) == {"traffic"}:
-            return value_in_words(value["traffic"])
-        if {"version", "state"} <= set(value):
-            return f"version {value['version']} {value['state']}"
-        return ", ".join(f"{name} {value_in_words(content)}" for name, content in value.items() if content is not None)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return " ".join(map(value_in_words, value))
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def figures(nested: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

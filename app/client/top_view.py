@@ -14,7 +14,7 @@ from rich.text import Text
 
 from app.client.audit import change_in_words
 from app.client.rates import Between
-from app.client.tables import add_row, percent, printable, size, when
+from app.client.tables import add_row, percent, size, when
 from app.client.top_figures import (
     Requests,
     Row,
@@ -25,6 +25,7 @@ from app.client.top_figures import (
     requests,
     stage_means_s,
 )
+from app.rollout import printable
 
 CHANGES = 5  # how many of the last ones are shown
 _UNKNOWN = "–"

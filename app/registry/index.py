@@ -49,6 +49,7 @@ class Pulse:
     generation: int
     now_s: float  # by the index's clock
     changed_at_s: float  # when the generation rose last; 0 where it never did
+    audit_count: int = 0  # entries in the audit log
 
 
 class Index:
@@ -67,7 +68,7 @@ class Index:
     def pulse(self) -> Pulse:
         present = self._ledger.read()
         meta = present.meta
-        return Pulse(meta.index_id, meta.generation, present.now_s, meta.changed_at_s)
+        return Pulse(meta.index_id, meta.generation, present.now_s, meta.changed_at_s, meta.audit_count)
 
     def view(self) -> IndexView:
         return self._ledger.view()

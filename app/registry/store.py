@@ -18,16 +18,16 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from app.domain import content_digest, content_listing
-from app.errors import ArtifactError, ManifoldError, NotFoundError, SettingsError, UnavailableError
+from app.errors import ArtifactError, NotFoundError, SettingsError, UnavailableError
 from app.registry.durable import write_durably
+from app.registry.places import open_place, reaching, without_user
 
 logger = logging.getLogger("manifold")
 
@@ -36,7 +36,6 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # names come from outside and become paths
-_USER_IN_URL = re.compile(r"://[^/@\s]+@")
 _RECENT_S = 60.0  # a folder used this recently may be open in another process
 _ABANDONED_S = 3600.0  # a partial folder this old belongs to a process that was killed
 _LOOKUPS = 16  # at once, where many artifacts are looked for
@@ -50,9 +49,8 @@ class ArtifactStore:
 
         Credentials and endpoints are what the protocol's own package reads from its surroundings.
         """
-        self.url = _without_user(url)
-        self._fs, root = _open(url)
-        self._root = root.rstrip("/")
+        self.url = without_user(url)
+        self._fs, self._root = open_place(url, "artifacts")
         self._cache = cache
         self._cache_limit_bytes = cache_limit_bytes
         try:
@@ -184,16 +182,8 @@ class ArtifactStore:
         fault = f"{what} is damaged in the artifact store {self.url}: publish the artifact again to repair it"
         return ArtifactError(digest, [fault])
 
-    @contextlib.contextmanager
-    def _reaching(self, done: str) -> Iterator[None]:
-        """The border: each protocol's package has exceptions of its own, and all of them mean the same to us."""
-        try:
-            yield
-        except ManifoldError:
-            raise
-        except Exception as error:
-            cause = _without_user(str(error)) or type(error).__name__
-            raise UnavailableError(f"the artifact store {self.url} cannot be {done}: {cause}") from error
+    def _reaching(self, done: str) -> AbstractContextManager[None]:
+        return reaching(f"the artifact store {self.url}", done)
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 
@@ -260,21 +250,6 @@ def _drop(folder: Path) -> None:
 
 def _aside(folder: Path) -> Path:
     return folder.with_name(f".{uuid.uuid4().hex}.partial")
-
-
-def _open(url: str) -> tuple[AbstractFileSystem, str]:
-    try:
-        fs, root = url_to_fs(url)
-    except ImportError as error:
-        raise SettingsError(f"artifacts at {_without_user(url)} need a package that is missing: {error}") from error
-    except Exception as error:  # whatever a protocol's package makes of its URL and its surroundings
-        cause = _without_user(str(error))
-        raise SettingsError(f"{_without_user(url)} is no place for artifacts: {cause}") from error
-    return fs, root
-
-
-def _without_user(text: str) -> str:
-    return _USER_IN_URL.sub("://…@", text)
 
 
 def _check_names(files: Mapping[str, bytes]) -> None:

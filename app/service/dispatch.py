@@ -43,7 +43,7 @@ class Reading:
     beside: tuple[TaskVersion, ...]  # scored too where the text is not too long for them
     encoding: Encoding | None = None  # from the cache or from a worker
     outputs: dict[str, TaskOutput] = field(default_factory=dict)  # by digest, from the cache and then the engine
-    cached: int = 0  # of `asked`, from the cache
+    cached: frozenset[str] = frozenset()  # digests of `asked` whose outputs came from the cache
 
     @property
     def encoded(self) -> Encoding:

@@ -23,6 +23,7 @@ from app.registry.last_good import LastGood
 from app.registry.store import ArtifactStore
 from app.rollout import EMPTY_VIEW, IndexView, KeyRecord, State, TaskRecord, Traffic, VersionRecord
 from app.service.catalog import Catalog
+from app.service.change_log import log_changes
 from app.service.loading import Loader
 from app.service.losses import Loss, find_loss, lacks
 from app.service.residents import Failure, Resident, Residents
@@ -139,8 +140,10 @@ class Follower:
             if view is not before:
                 with self._swap(before, view):
                     self._follow(view)
-                if was_up and before.index_id == view.index_id and view.generation > before.generation:
-                    self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s))
+                if before.index_id == view.index_id and view.generation > before.generation:
+                    if was_up:
+                        self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s))
+                    log_changes(self._index.audit, before.generation, view.generation, pulse.audit_count)
             else:
                 self._retry()
             self._followed, self._is_whole = view, True

@@ -67,7 +67,7 @@ class _Run:
     @property
     def usage(self) -> Usage:
         tokens = sum(len(reading.encoded) for reading in self.readings)
-        cached = sum(reading.cached for reading in self.readings)
+        cached = sum(len(reading.cached) for reading in self.readings)
         result = self.computed.result
         return Usage(tokens, result.rows, round(result.passes, 4), cached)
 
@@ -233,7 +233,7 @@ class InferenceService:
         known = self._cache.get(reading.text, [v.digest for v in versions], limit, reading.has_offsets)
         if known is not None:
             reading.encoding, reading.outputs = known.encoding, known.outputs
-            reading.cached = sum(version.digest in known.outputs for version in reading.asked)
+            reading.cached = frozenset(v.digest for v in reading.asked if v.digest in known.outputs)
         return reading
 
     def _is_unfinished(self, reading: Reading) -> bool:

@@ -13,6 +13,7 @@ from app.service.catalog import Catalog
 from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService
 from app.service.ports import EnginePort, RolloutPort
+from app.service.why import Why
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import Tracing
 
@@ -26,6 +27,7 @@ class Runtime:
     admission: Admission
     rollout: RolloutPort
     access: Access
+    why: Why
     metrics: Metrics
     traces: Tracing
     index_health: Callable[[], IndexHealth]

@@ -128,6 +128,12 @@ class Metrics:
             "manifold_spans_dropped_total",
             "Spans of traces that were lost: no room for them, or the receiver did not take them.",
         )
+        self._logged = counter("manifold_prediction_log_rows_total", "Rows that were written to the prediction log.")
+        self._log_dropped = counter(
+            "manifold_prediction_log_dropped_total",
+            "Rows that the prediction log lacks: its disk is full, it or its store is too slow, or an error.",
+            ("reason",),
+        )
         self._cache_hits = counter("manifold_answer_cache_hits_total", "Answers for a text that were in the cache.")
         self._cache_misses = counter(
             "manifold_answer_cache_misses_total", "Answers for a text that were not in the cache, and were computed."
@@ -152,6 +158,14 @@ class Metrics:
 
     def spans_dropped(self, count: int) -> None:
         self._spans_dropped.inc(count)
+
+    def logged(self, rows: int) -> None:
+        """Rows that are in the prediction log."""
+        self._logged.inc(rows)
+
+    def log_dropped(self, reason: str, rows: int) -> None:
+        """Rows that the prediction log lacks."""
+        self._log_dropped.labels(reason).inc(rows)
 
     def looked_up(self, hits: int, misses: int, cache_bytes: int) -> None:
         """Answers that one request found in the cache, those that it had to compute, and what the cache holds now."""

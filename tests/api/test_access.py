@@ -33,6 +33,7 @@ ROLES: list[tuple[str, str, Any, Role]] = [
     ("POST", "/v1/releases/r1/rollback", None, Role.OPERATE),
     ("GET", "/v1/audit", None, Role.AUDIT),
     ("GET", "/v1/audit/verify", None, Role.AUDIT),
+    ("GET", "/v1/predictions/r", None, Role.AUDIT),
     ("GET", "/v1/keys", None, Role.ADMIN),
     ("POST", "/v1/keys", {"name": "a", "roles": ["audit"]}, Role.ADMIN),
     ("DELETE", "/v1/keys/none", None, Role.ADMIN),
@@ -62,7 +63,7 @@ def test_every_operation_that_wants_a_role_is_tested_here(app: FastAPI) -> None:
     operations = {(m.upper(), p) for p, methods in app.openapi()["paths"].items() for m in methods}
     tested = {*((method, path) for method, path, _, _ in ROLES), *(("GET", path) for path in (*ANY_KEY, *FREE))}
     plain = {(method, path.replace("{task}", "spam").replace("{version}", "1")) for method, path in operations}
-    names = {"{release_id}": "r1", "{key_id}": "none"}
+    names = {"{release_id}": "r1", "{key_id}": "none", "{request_id}": "r"}
     for mark, name in names.items():
         plain = {(method, path.replace(mark, name)) for method, path in plain}
     assert plain - {("GET", "/metrics")} <= tested

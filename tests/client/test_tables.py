@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from app.client.tables import size, value_in_words, when
+from app.client.tables import size, when
+from app.rollout import value_in_words
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@ PLANNED = {
     "manifold_device_seconds_total": "counter",
     "manifold_device_memory_bytes": "gauge",
     "manifold_event_loop_lag_seconds": "histogram",
-    "manifold_prediction_log_rows_total": "counter",
-    "manifold_prediction_log_dropped_total": "counter",
     # prometheus_client's process collector
     "process_resident_memory_bytes": "gauge",
     "process_start_time_seconds": "gauge",

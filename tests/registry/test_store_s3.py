@@ -1,4 +1,4 @@
-"""The store over S3's protocol: a server on loopback, and the package and surroundings that an operator would have."""
+"""The stores over S3's protocol: a server on loopback, and the package and surroundings that an operator would have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import boto3
 import pytest
@@ -15,7 +15,10 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from app.domain import content_digest
-from app.errors import ArtifactError, NotFoundError, UnavailableError
+from app.errors import ArtifactError, NotFoundError, SettingsError, UnavailableError
+from app.registry.prediction_lines import to_line
+from app.registry.prediction_parts import PartWriter
+from app.registry.prediction_store import PredictionStore
 from app.registry.store import ArtifactStore
 
 FILES = {"manifest.json": b'{"task": "spam"}', "adapter_model.safetensors": os.urandom(3 * 2**20), "empty": b""}
@@ -154,3 +157,60 @@ def test_credentials_that_are_missing_are_told(
     S3FileSystem.clear_instance_cache()
     with pytest.raises(UnavailableError, match="[Cc]redentials"):
         ArtifactStore("s3://bucket/manifold", tmp_path / "cache", 10**9).put(FILES)
+
+
+# -- the prediction log ------------------------------------------------------------------------------------------------
+
+
+def write_part(store: PredictionStore, request_id: str) -> None:
+    writer = PartWriter(store.folder, store.server, 10**9, 3600.0)
+    writer.append(to_line({"time": "2026-01-09T12:00:00.000000Z", "request_id": request_id, "task": "spam"}))
+    writer.end()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_predictions_of_several_servers_lie_in_one_bucket(
+    s3: Any, tmp_path: Path, kind: Literal["jsonl", "parquet"]
+) -> None:
+    stores = [PredictionStore("s3://bucket/predictions", tmp_path / name, kind, 10**9) for name in ("one", "two")]
+    for number, store in enumerate(stores):
+        write_part(store, f"r-{number}")
+        store.tidy()
+    keys = [entry["Key"] for entry in s3.list_objects_v2(Bucket="bucket")["Contents"]]
+    assert sorted(key.rpartition(".")[2] for key in keys) == [kind, kind]
+    for store in stores:
+        assert [len(store.find(f"r-{number}").rows) for number in range(3)] == [1, 1, 0]
+
+
+def test_the_oldest_predictions_in_a_bucket_go(s3: Any, tmp_path: Path) -> None:
+    store = PredictionStore("s3://bucket", tmp_path / "home", "jsonl", 200)
+    for number in range(4):
+        write_part(store, f"r-{number}")
+        store.tidy()
+    assert [len(store.find(f"r-{number}").rows) for number in range(4)] == [0, 0, 1, 1]
+
+
+def test_predictions_wait_for_a_server_that_is_gone(
+    s3: Any, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PredictionStore("s3://bucket", tmp_path / "home", "jsonl", 10**9)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", NO_ANSWER)
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(SettingsError, match="the prediction log s3://bucket cannot be written"):
+        PredictionStore("s3://bucket", tmp_path / "home", "jsonl", 10**9)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    S3FileSystem.clear_instance_cache()
+    store = PredictionStore("s3://bucket", tmp_path / "home", "jsonl", 10**9)
+    write_part(store, "r-1")
+    monkeypatch.setattr(store, "_fs", S3FileSystem(endpoint_url=NO_ANSWER, skip_instance_cache=True))
+    with pytest.raises(UnavailableError, match="the prediction log s3://bucket cannot be written"):
+        store.tidy()
+    again = PredictionStore("s3://bucket", tmp_path / "home", "jsonl", 10**9)
+    again.tidy()
+    assert len(again.find("r-1").rows) == 1
+    assert len(s3.list_objects_v2(Bucket="bucket")["Contents"]) == 1
+
+
+def test_a_bucket_for_predictions_that_is_not_there_is_told_at_once(s3: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="s3://other-bucket/log cannot be written: .*bucket does not exist"):
+        PredictionStore("s3://other-bucket/log", tmp_path / "home", "jsonl", 10**9)

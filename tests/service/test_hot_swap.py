@@ -146,6 +146,37 @@ def test_a_swap_is_one_new_snapshot_and_the_old_one_still_answers(spam: World) -
         assert result.outputs[0][0].error is None
 
 
+def test_every_server_logs_who_changed_what_and_a_start_logs_no_history(
+    spam: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "manifold.index")
+    spam.follower.sync()
+    spam.promote("spam", spam.publish("spam", seed=2))
+    other = World(tmp_path, spam.index, spam.loader)
+    other.begin()
+    for follower in (other.follower, spam.follower):
+        follower.sync()
+    told = [
+        ("paula", "publish", None, "version 2 candidate"),
+        ("anna", "approve", "version 2 candidate", "version 2 approved"),
+        ("otto", "traffic", "champion 1", "champion 2"),
+    ]
+    assert changes_in(caplog) == told  # the other one began with all of it
+    caplog.clear()
+    spam.index.note("eve", "forbidden", "spam", "no", {})
+    spam.index.rollback("otto", "spam", "complaints", None)
+    for follower in (other.follower, spam.follower):
+        follower.sync()
+        follower.sync()
+    assert changes_in(caplog) == [("otto", "rollback", "champion 2", "champion 1")] * 2
+    other.follower.close()
+
+
+def changes_in(caplog: pytest.LogCaptureFixture) -> list[tuple[object, ...]]:
+    fields = [record.__dict__["fields"] for record in caplog.records if record.name == "manifold.index"]
+    return [(f["actor"], f["action"], f["from"], f["to"]) for f in fields]
+
+
 def test_what_nobody_holds_any_more_is_unloaded(spam: World) -> None:
     spam.follower = spam.restarted(most_others=1)
     spam.begin()

@@ -1,0 +1,130 @@
+"""A row of the prediction log in Parquet, and how those of one request are found.
+
+Knows nothing of where files lie or of how rows come about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from app.registry.prediction_lines import Row, parsed, to_time
+
+_SPAN = pa.struct(
+    [
+        ("label", pa.string()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("score", pa.float64()),
+        ("text", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("time", pa.timestamp("us", "UTC")),
+        ("request_id", pa.string()),
+        ("input", pa.int64()),
+        ("generation", pa.int64()),
+        ("reference", pa.string()),
+        ("task", pa.string()),
+        ("version", pa.int64()),
+        ("digest", pa.string()),
+        ("arm", pa.string()),
+        ("text_sha256", pa.string()),
+        ("text", pa.string()),
+        ("text_pair", pa.string()),
+        ("label", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("value", pa.float64()),
+        ("spans", pa.list_(_SPAN)),
+        ("scores", pa.map_(pa.string(), pa.float64())),
+        ("error", pa.string()),
+        ("tokens", pa.int64()),
+        ("truncated", pa.bool_()),
+        ("cached", pa.bool_()),
+        ("request_passes", pa.float64()),
+        ("inference_ms", pa.float64()),
+    ]
+)
+_BATCH_ROWS = 200  # converted in one go, which holds the interpreter: about 5 ms
+_GROUP_ROWS = 10_000
+_DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # Arrow's own are some of these
+
+
+def to_parquet(lines: Iterable[bytes], target: Path, is_hurried: Callable[[], bool]) -> None:
+    """Rests twice as long as it works unless it `is_hurried`. Raises OSError."""
+    rows = (row for line in lines for row in parsed(line))
+    with pq.ParquetWriter(target, SCHEMA, compression="zstd") as writer:
+        group: list[pa.RecordBatch] = []
+        began_s = time.monotonic()
+        while batch := _batch(rows):
+            group.append(batch)
+            if len(group) * _BATCH_ROWS >= _GROUP_ROWS:
+                writer.write_table(pa.Table.from_batches(group))
+                group = []
+            if not is_hurried():
+                time.sleep(2 * (time.monotonic() - began_s))
+            began_s = time.monotonic()
+        if group:
+            writer.write_table(pa.Table.from_batches(group))
+
+
+def _batch(rows: Iterator[Row]) -> pa.RecordBatch | None:
+    """Without what was damaged."""
+    taken = list(islice(rows, _BATCH_ROWS))
+    if not taken:
+        return None
+    try:
+        return _for_arrow(taken)
+    except _DAMAGED:
+        return _for_arrow([row for row in taken if _is_whole(row)])
+
+
+def _is_whole(row: Row) -> bool:
+    try:
+        _for_arrow([row])
+    except _DAMAGED:
+        return False
+    return True
+
+
+def _for_arrow(rows: Sequence[Row]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist([_converted(row) for row in rows], SCHEMA)
+
+
+def _converted(row: Row) -> Row:
+    scores = row.get("scores")
+    return {
+        **row,
+        "time": datetime.fromisoformat(row["time"]),
+        "scores": None if scores is None else list(scores.items()),
+    }
+
+
+def find_in_parquet(file: BinaryIO, request_id: str) -> list[Row]:
+    """Reads one column, and the others only of groups that have the request. Raises ValueError where it is damaged."""
+    found: list[Row] = []
+    with pq.ParquetFile(file) as parquet:
+        for number in range(parquet.num_row_groups):
+            ids = parquet.read_row_group(number, columns=["request_id"])["request_id"]
+            mask = pc.equal(ids, request_id)
+            if pc.any(mask).as_py():
+                rows = parquet.read_row_group(number).filter(mask).to_pylist(maps_as_pydicts="lossy")
+                found += map(_from_arrow, rows)
+    return found
+
+
+def _from_arrow(row: Row) -> Row:
+    """As the JSON line was."""
+    row["time"] = to_time(row["time"])
+    if row.get("spans") is not None:
+        row["spans"] = [{name: value for name, value in span.items() if value is not None} for span in row["spans"]]
+    return {name: value for name, value in row.items() if value is not None}

@@ -1,0 +1,312 @@
+"""Where the prediction log lies: parts are finished, the oldest go, and the rows of one request are found again.
+
+Parts are written as JSON lines on local disk: in the log's own folder, or in the home folder where the log lies behind
+a URL. An object store cannot be appended to and a Parquet file is read only once it is closed, so a part is uploaded
+or converted when it is finished, under its last name, in one step. Knows nothing of what rows say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO, Literal, cast
+
+from fsspec.implementations.local import LocalFileSystem
+
+from app.errors import SettingsError, UnavailableError
+from app.registry.durable import write_durably
+from app.registry.places import open_place, reaching, without_user
+from app.registry.prediction_lines import Row, find_lines
+from app.registry.prediction_parts import PartName, left_alone
+
+logger = logging.getLogger(__name__)
+
+_WAITING_BYTES = 1_000_000_000  # of parts that wait for a store that does not take them
+_SEARCHED_BYTES = 4_000_000_000
+_SEARCH_S = 20.0  # no file is begun after it
+_SLACK_S = 120.0  # rows wait before they are written, and clocks differ
+_LOOKS = 3  # parts are finished while they are looked for
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: PartName
+    path: str
+    size_bytes: int
+    is_here: bool  # on this machine's disk
+
+
+@dataclass(slots=True)
+class Found:
+    """Rows of one request, and what was searched for them."""
+
+    rows: list[Row] = field(default_factory=list)
+    files: int = 0
+    size_bytes: int = 0
+    oldest_s: float | None = None  # when the oldest part that was searched began
+    damaged: list[str] = field(default_factory=list)  # files that cannot be read
+    stopped_s: float | None = None  # where the search was given up: what is older was not looked at
+
+
+class PredictionStore:
+    """One thread calls `tidy` and `drop_waiting`; everything else is safe from any thread."""
+
+    def __init__(self, url: str, home: Path, kind: Literal["jsonl", "parquet"], limit_bytes: int) -> None:
+        """`limit_bytes`: of this server's files. Raises SettingsError where the log cannot be written."""
+        self.url = without_user(url)
+        self._fs, self._root = open_place(url, "predictions")
+        self._kind, self._limit_bytes = kind, limit_bytes
+        self._is_local = isinstance(self._fs, LocalFileSystem)
+        waiting = home / "prediction-log"
+        self.folder = Path(self._root) if self._is_local else waiting  # where parts are written
+        self._was_trimmed = False
+        try:
+            self.server = _server_name(waiting / "server")
+            _check_folder(self.folder)
+        except OSError as error:
+            raise self._refused(error.strerror or str(error)) from error
+        if not self._is_local:
+            self._check_store()
+
+    # -- keeping -------------------------------------------------------------------------------------------------------
+
+    def tidy(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
+        """Finishes parts that nobody writes any more, also those of a process that was killed; the oldest go.
+
+        Raises UnavailableError.
+        """
+        try:
+            with self._reaching("written"):
+                num_finished = sum([self._finish(file, is_hurried) for file in self._waiting()])
+        except UnavailableError:  # a full disk: what goes may make room
+            with contextlib.suppress(UnavailableError):
+                self._trim()
+            raise
+        if num_finished or not self._was_trimmed:
+            self._trim()
+            self._was_trimmed = True
+
+    def _waiting(self) -> list[_File]:
+        """This server's parts that are not finished, oldest first."""
+        files = [file for file in self._here() if file.name.ended_s is None and file.name.server == self.server]
+        return sorted(files, key=lambda file: file.name.began_s)
+
+    def _finish(self, file: _File, is_hurried: Callable[[], bool]) -> bool:
+        path = Path(file.path)
+        with left_alone(path) as is_ours:
+            if not is_ours:
+                return False
+            name = str(replace(file.name, ended_s=path.stat().st_mtime, kind=self._kind))
+            if self._kind == "jsonl":
+                self._put(path, name)
+                return True
+            converted = path.with_name(f".{name}.partial")
+            try:
+                with path.open("rb") as lines:
+                    _parquet().to_parquet(lines, converted, is_hurried)
+                converted.chmod(path.stat().st_mode & 0o777)
+                self._put(converted, name)
+            finally:
+                converted.unlink(missing_ok=True)
+            path.unlink()
+            return True
+
+    def _put(self, path: Path, name: str) -> None:
+        """The file is gone from where it was."""
+        if self._is_local:
+            path.rename(Path(self._root) / name)
+        else:
+            self._fs.put_file(str(path), f"{self._root}/{name}")
+            path.unlink()
+
+    def _trim(self) -> None:
+        with self._reaching("kept within its limit"):
+            own = [file for file in self._stored() if file.name.server == self.server]
+            excess_bytes = sum(file.size_bytes for file in own) - self._limit_bytes
+            finished = (file for file in own if file.name.ended_s is not None)
+            for file in sorted(finished, key=lambda file: file.name.began_s):
+                if excess_bytes <= 0:
+                    break
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(file.path)
+                excess_bytes -= file.size_bytes
+
+    def drop_waiting(self) -> int:
+        """What the store did not take, once it is too much: the disk has other work. How many rows that was.
+
+        Raises OSError.
+        """
+        if self._is_local:
+            return 0
+        waiting, lost = self._waiting(), 0
+        excess_bytes = sum(file.size_bytes for file in waiting) - min(_WAITING_BYTES, self._limit_bytes)
+        for file in waiting:
+            if excess_bytes <= 0:
+                break
+            with left_alone(Path(file.path)) as is_ours:
+                if is_ours:
+                    lost += _count_lines(Path(file.path))
+                    Path(file.path).unlink()
+            excess_bytes -= file.size_bytes
+        return lost
+
+    # -- finding -------------------------------------------------------------------------------------------------------
+
+    def find(self, request_id: str, since_s: float = 0.0, until_s: float = float("inf")) -> Found:
+        """Rows of a request that was answered in this time, newest parts first. Bounded in bytes and in time.
+
+        Once some are found, only what is about as old is searched on: another server may have answered a retry.
+        Raises UnavailableError.
+        """
+        found, searched = Found(), set[tuple[str, str]]()
+        deadline_s = time.monotonic() + _SEARCH_S
+        with self._reaching("read"):
+            for _ in range(_LOOKS):
+                files = [file for file in self._files() if file.name.key not in searched]
+                if self._search(files, request_id, since_s, until_s, deadline_s, found, searched):
+                    break
+        found.rows.sort(key=lambda row: (str(row.get("time")), row.get("input", 0)))
+        return found
+
+    def _search(
+        self,
+        files: list[_File],
+        request_id: str,
+        since_s: float,
+        until_s: float,
+        deadline_s: float,
+        found: Found,
+        searched: set[tuple[str, str]],
+    ) -> bool:
+        """False where one of the files is not there any more: it was finished, or was the oldest."""
+        is_complete = True
+        for file in sorted(files, key=lambda file: file.name.began_s, reverse=True):
+            if not _overlaps(file.name, since_s, until_s):
+                continue
+            is_much = found.size_bytes + file.size_bytes > _SEARCHED_BYTES or time.monotonic() > deadline_s
+            if is_much and found.files:
+                found.stopped_s = file.name.ended_s or file.name.began_s
+                break
+            try:
+                rows = self._read(file, request_id)
+            except FileNotFoundError:
+                is_complete = False
+                continue
+            except ValueError as error:
+                logger.warning("%s of the prediction log is damaged: %s", file.path, error)
+                found.damaged.append(str(file.name))
+                rows = []
+            searched.add(file.name.key)
+            found.files, found.size_bytes = found.files + 1, found.size_bytes + file.size_bytes
+            found.oldest_s = min(found.oldest_s or file.name.began_s, file.name.began_s)
+            if rows:
+                found.rows += rows
+                since_s = max(since_s, file.name.began_s)
+        return is_complete
+
+    def _read(self, file: _File, request_id: str) -> list[Row]:
+        """Raises ValueError where the file is damaged."""
+        with self._opened(file) as content:
+            find = find_lines if file.name.kind == "jsonl" else _parquet().find_in_parquet
+            return find(content, request_id)
+
+    def _opened(self, file: _File) -> BinaryIO:
+        return Path(file.path).open("rb") if file.is_here else cast(BinaryIO, self._fs.open(file.path, "rb"))
+
+    # -- what lies where -----------------------------------------------------------------------------------------------
+
+    def _files(self) -> list[_File]:
+        """Every server's; a part that is being finished once."""
+        stored = list(self._stored())
+        finished = {file.name.key for file in stored if file.name.ended_s is not None}
+        others = [file for file in stored if file.name.ended_s is None]
+        if not self._is_local:
+            others += self._here()
+        done = [file for file in stored if file.name.ended_s is not None]
+        return done + [file for file in others if file.name.key not in finished]
+
+    def _stored(self) -> Iterator[_File]:
+        if self._is_local:
+            yield from self._here()
+            return
+        self._fs.invalidate_cache(self._root)
+        try:
+            entries = self._fs.ls(self._root, detail=True)
+        except FileNotFoundError:  # an object store has a folder once something is in it
+            return
+        for entry in entries:
+            name = PartName.parse(entry["name"].rpartition("/")[2])
+            if name is not None:
+                yield _File(name, entry["name"], entry["size"] or 0, False)
+
+    def _here(self) -> Iterator[_File]:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            name = PartName.parse(path.name)
+            if name is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    yield _File(name, str(path), path.stat().st_size, True)
+
+    # -- borders -------------------------------------------------------------------------------------------------------
+
+    def _check_store(self) -> None:
+        """With a file that says nothing, and does not stay where it may be removed."""
+        path = f"{self._root}/.{self.server}"
+        try:
+            with self._reaching("written"):
+                self._fs.pipe_file(path, b"")
+        except UnavailableError as error:
+            raise self._refused(str(error.__cause__ or error)) from error
+        with contextlib.suppress(Exception):
+            self._fs.rm_file(path)
+
+    def _reaching(self, done: str) -> AbstractContextManager[None]:
+        return reaching(f"the prediction log {self.url}", done)
+
+    def _refused(self, cause: str) -> SettingsError:
+        return SettingsError(
+            f"the prediction log {self.url} cannot be written: {without_user(cause)}; give the server a place that it "
+            "may write, or leave prediction_log out"
+        )
+
+
+def _server_name(path: Path) -> str:
+    """Of this home folder, the same at every start: the host's, and chance. Raises OSError."""
+    for _ in range(2):
+        if path.is_file() and (name := path.read_text("utf-8").strip()):
+            return name
+        host = re.sub("[^A-Za-z0-9-]", "-", socket.gethostname().partition(".")[0])[:60]
+        write_durably(path, f"{host}-{secrets.token_hex(4)}\n".encode())  # another process may be as far: read again
+    raise OSError(f"{path} does not keep what is written")
+
+
+def _check_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{secrets.token_hex(8)}.partial"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    probe.unlink()
+
+
+def _parquet() -> ModuleType:
+    """Arrow takes 40 MB, which a server whose log has no Parquet need not have."""
+    return import_module("app.registry.prediction_parquet")
+
+
+def _overlaps(name: PartName, since_s: float, until_s: float) -> bool:
+    ended_s = float("inf") if name.ended_s is None else name.ended_s
+    return name.began_s - _SLACK_S <= until_s and ended_s + _SLACK_S >= since_s
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
