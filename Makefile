@@ -12,7 +12,7 @@ PEERS := adapterhub limits peers-infinity peers-litserve peers-bentoml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-peers format lock clean
+.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-drift bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
@@ -20,6 +20,7 @@ help:
 	@echo "make check    ruff, mypy, hadolint"
 	@echo "make bench    run the benchmarks                  make bench-peers installs what they compare with"
 	@echo "              one by one: bench-limits bench-fanout bench-serving bench-growth bench-soak bench-swaps bench-gpu"
+	@echo "              on data of yours: bench-drift DATA=folder"
 	@echo "make format   rewrite the sources as ruff would"
 	@echo "make lock     resolve pyproject.toml anew into the lock"
 	@echo "make clean    remove the environments and caches"
@@ -60,6 +61,9 @@ bench-swaps: $(VENV)/.dev
 
 bench-packing: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.packing $(DATA) $(ARGS)
+
+bench-drift: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.drift $(DATA) $(ARGS)
 
 bench-experiment: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out prefixes/EXPERIMENT.md $(ARGS)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from app.client import audit, comparison, control, index, inference, keys, publish, releases, top, why
+from app.client import audit, comparison, control, drift, index, inference, keys, publish, releases, top, why
 from app.client.http import MisuseError, Server, add_server_options, settings_of
 from app.client.setting_options import add_setting_options, given_settings
 from app.config import Settings
@@ -25,9 +25,10 @@ _LEARNING = {  # command → its module in app.learning, and what it does
     "combine": ("combine_command", "make a representation of several prefixes"),
     "pack": ("pack_command", "propose a release in which many tasks cost about one pass"),
     "compress": ("compress_command", "make a prefix shorter"),
+    "baseline": ("baseline_command", "measure anew what live texts are compared with, to see them drift"),
     "experiment": ("experiment_command", "compare combined prefixes with other ways, on data of yours"),
 }
-_CLIENTS = (inference, publish, control, comparison, releases, audit, why, keys, index, top)
+_CLIENTS = (inference, publish, control, comparison, drift, releases, audit, why, keys, index, top)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from app.errors import SettingsError
 
 ENV_PREFIX = "MANIFOLD_"
 SHORTEST_KEY = 16
+LEAST_WINDOW = 200  # texts before anything is said of their drift
 SHIPPED_PREFIXES = Path(__file__).resolve().parents[1] / "prefixes"
 
 
@@ -86,6 +87,12 @@ class Settings(BaseSettings):
     tokenization_workers: int = Field(2, ge=1, le=256, description="threads that tokenize")
     threads: int | None = Field(None, ge=1, le=4096, description="threads of one operator on CPU; unset leaves torch's")
 
+    drift_window: int = Field(
+        2000,
+        ge=0,
+        le=1_000_000,
+        description="a version's last texts that are compared with its baseline; 0 watches neither drift nor scores",
+    )
     log_format: Literal["text", "json"] = Field("text", description="text or json, a line an event")
     log_requests: bool = Field(True, description="a line in the log for each request; never a text")
     otlp_endpoint: str | None = Field(
@@ -107,6 +114,13 @@ class Settings(BaseSettings):
     )
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
+
+    @field_validator("drift_window")
+    @classmethod
+    def _enough_to_compare(cls, value: int) -> int:
+        if 0 < value < LEAST_WINDOW:
+            raise ValueError(f"it must be {LEAST_WINDOW} at least, which can be compared, or 0")
+        return value
 
     @field_validator("admin_key")
     @classmethod

@@ -24,6 +24,9 @@ def content_listing(files: Mapping[str, bytes]) -> str:
     return "".join(lines)
 
 
+DEFAULT_THRESHOLD = 0.5  # of a multi-label task that states none
+
+
 class ProblemType(StrEnum):
     """How scores are made from logits; declared by the artifact, never guessed from the label count."""
 
@@ -97,6 +100,24 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How often values fell between edges. What lies outside counts with the outermost."""
+
+    edges: tuple[float, ...]  # ascending: one more than there are bins
+    counts: tuple[tuple[int, ...], ...]  # [rows, bins]: a row for each thing that was measured
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """How the texts looked that a version was measured on; None where its manifest does not say."""
+
+    scores: Histogram | None = None  # rows: as the columns of `Traits.scores`, the last may be missing
+    labels: tuple[int, ...] = ()  # texts that got each label, and last those that got none
+    length: Histogram | None = None  # one row
+    unknown: Histogram | None = None  # one row: the share of a text's tokens that the tokenizer does not know
+
+
+@dataclass(frozen=True, slots=True)
 class TaskVersion:
     """One immutable version of a task: `task@version`. The digest is its identity, the name is for people."""
 
@@ -110,6 +131,7 @@ class TaskVersion:
     prefixes: tuple[Prefix, ...] = ()
     position_offset: int = 0  # what the prefixes add to the text's positions (PEFT: num_virtual_tokens)
     thresholds: tuple[float, ...] = ()  # multi-label: a label is given from this score on
+    baseline: Baseline | None = field(default=None, compare=False)  # None also where only its card is known
 
     @property
     def first_layer(self) -> int | None:

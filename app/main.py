@@ -21,7 +21,20 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.middleware import Middleware
 
-from app.api import audit, comparison, control, embeddings, health, index, keys, predict, predictions, releases, tasks
+from app.api import (
+    audit,
+    comparison,
+    control,
+    drift,
+    embeddings,
+    health,
+    index,
+    keys,
+    predict,
+    predictions,
+    releases,
+    tasks,
+)
 from app.api.errors import install_handlers
 from app.api.middleware import Body, Border, Gatekeeper
 from app.api.shortcut import Shortcut
@@ -40,6 +53,7 @@ from app.registry.store import ArtifactStore
 from app.service.access import Access, BackgroundNotes
 from app.service.admission import Admission
 from app.service.catalog import Catalog
+from app.service.drift import DriftWatcher
 from app.service.experiment import Recorder
 from app.service.first_start import Beginning, begin, find_beginning, live_folders
 from app.service.hot_swap import Follower
@@ -59,6 +73,7 @@ logger = logging.getLogger("manifold")
 
 _KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first and never race us
 _LAG_EVERY_S = 0.25
+_ROUTED = (predict, embeddings, comparison, tasks, drift, control, releases, audit, predictions, keys, index, health)
 _CLOSE_S = 2  # for the last bytes of answers, after drain_timeout_s
 _DESCRIPTION = "One text in, every prediction out: a frozen encoder, one shared pass, many tasks."
 
@@ -88,7 +103,7 @@ def create_app(settings: Settings, runtime: Runtime | None = None) -> FastAPI:
         redoc_url=None,
     )
     install_handlers(app)
-    for module in (predict, embeddings, comparison, tasks, control, releases, audit, predictions, keys, index, health):
+    for module in _ROUTED:
         app.include_router(module.router)
     return app
 
@@ -155,7 +170,9 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
     recorder, catalog = Recorder(), follower.catalog
     upkeep = Upkeep(recorder, comparisons, following, follower, metrics, settings.feedback_window_s)
     notes = BackgroundNotes(following.note)
-    watchers: list[Watcher] = []
+    unknown_id = loader.tokenizer.unknown_id
+    drifts = DriftWatcher(lambda: catalog.snapshot, unknown_id, settings.drift_window, registry.windows, metrics)
+    watchers: list[Watcher] = [drifts] if settings.drift_window else []
     if predictions is not None:
         watchers.append(_start_prediction_log(settings, predictions, metrics))
     watch = Watch(watchers, metrics.unwatched)
@@ -197,6 +214,7 @@ def _open_runtime(settings: Settings, opened: contextlib.ExitStack) -> Runtime:
         rollout,
         access,
         Why(predictions, settings.prediction_log_sample, catalog, rollout.audit),
+        drifts,
         metrics,
         traces,
         lambda: follower.health,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -30,12 +30,14 @@ from app.rollout import SLOTS, Challenger, IndexView, Segment, State, TaskRecord
 from app.service.access import Access
 from app.service.admission import Admission
 from app.service.catalog import Catalog, described
+from app.service.drift import DriftWatcher
 from app.service.experiment import Observation
 from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService, Limits
 from app.service.runtime import Runtime
 from app.service.watching import Served
 from app.service.why import Why
+from app.service.windows import Rows
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import NOT_TRACING, Tracing
 from tests.fake_rollout import FakeRollout
@@ -267,6 +269,24 @@ class FakeWatch:
         self.requests.append(served)
 
 
+@dataclass
+class FakeWindows:
+    """Keeps windows in memory; full on request."""
+
+    kept: dict[str, Rows] = field(default_factory=dict)
+    is_full: bool = False
+    num_tries: int = 0
+
+    def save(self, windows: Mapping[str, Rows]) -> None:
+        self.num_tries += 1
+        if self.is_full:
+            raise UnavailableError("no space left on device")
+        self.kept = {digest: rows.copy() for digest, rows in windows.items()}
+
+    def load(self) -> dict[str, Rows]:
+        return dict(self.kept)
+
+
 def make_runtime(
     settings: Settings,
     engine: FakeEngine | None = None,
@@ -313,6 +333,7 @@ def make_runtime(
         rollout,
         access,
         Why(predictions, settings.prediction_log_sample, catalog, rollout.audit),
+        DriftWatcher(lambda: catalog.snapshot, None, settings.drift_window, FakeWindows(), metrics),
         metrics,
         traces,
         lambda: IndexHealth(up=True),

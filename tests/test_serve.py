@@ -17,6 +17,7 @@ import pytest
 
 from app.cli import main
 from app.engine.backbone import Backbone
+from app.learning.baseline_command import renew
 from tests.artifacts import write_artifact
 from tests.serving import ServerProcess, wait_for
 
@@ -149,6 +150,40 @@ def test_the_real_server_answers_with_the_embedded_backbone(tmp_path: Path) -> N
 
         too_long = httpx2.post(f"{url}/v1/predict", json={"inputs": "word " * 20_000})
         assert (too_long.status_code, too_long.json()["error_type"]) == (422, "tokenization")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
+def test_a_restarted_server_compares_texts_from_where_it_was(tmp_path: Path) -> None:
+    backbone = Backbone.load("embedded", "cpu", "float32")
+    folder = write_artifact(tmp_path / "prefixes" / "spam", backbone.spec, "spam", ("ham", "spam"))
+    (tmp_path / "texts.txt").write_text("".join(f"See you at {i} o'clock, dear.\n" for i in range(200)))
+    renew(folder, tmp_path / "texts.txt", backbone, {})
+    arguments = ("--port", "0", "--prefixes", str(folder.parent), "--home", str(tmp_path / "home"))
+    arguments = (*arguments, "--drain-grace-s", "0")
+
+    def texts(url: str) -> set[int]:
+        return {row["texts"] for row in httpx2.get(f"{url}/v1/drift").json()["drift"]}
+
+    def drifting(url: str) -> dict[str, bool]:
+        return {row["kind"]: row["drifting"] for row in httpx2.get(f"{url}/v1/drift").json()["drift"]}
+
+    with ServerProcess("app.cli", "serve", *arguments) as server:
+        url = server.wait_until_ready()
+        for start in range(0, 320, 32):
+            inputs = [f"{i} " + "a much longer text than any before " * 5 for i in range(start, start + 32)]
+            assert httpx2.post(f"{url}/v1/predict", json={"inputs": inputs}, timeout=60).status_code == 200
+        wait_for(lambda: texts(url) == {320}, 30)
+        first = drifting(url)
+        assert first["length"] and not first["unknown"]
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+    with ServerProcess("app.cli", "serve", *arguments) as server:
+        url = server.wait_until_ready()
+        wait_for(lambda: texts(url) == {320}, 30)
+        assert drifting(url) == first
+        wait_for(lambda: "manifold_drift_psi{" in httpx2.get(f"{url}/metrics").text, 30)
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
 

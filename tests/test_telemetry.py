@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -118,6 +119,8 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.staged("queue", 0.003)
     metrics.ran(BatchReport(3, 96, 0.0001, 0.02, 0.001, {("spam", 3): 0.75, ("tone", 1): 0.25}, passes=2.0))
     metrics.ran(BatchReport(0, 0, 0.0, 0.0, 0.0, {("new", 0): 1.0}, passes=1.0))  # being loaded
+    metrics.scored("spam", 3, ("ham", 'a"b\\%d\n'), np.array([[0.2, 0.8], [0.31, np.nan]]))
+    metrics.drifted("spam", 3, {"score": (0.31, 1e-30), "length": (0.0, 1.0)})
     metrics.watch(lambda: 5, lambda: 1_000)
     metrics.lagged(0.002)
     metrics.disagreed("spam", 3)
@@ -151,6 +154,14 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_passes_total{task=spam}": 1.5,
         "manifold_device_seconds_total{task=spam,version=3}": 0.015,
         "manifold_device_seconds_total{task=tone,version=1}": 0.005,
+        "manifold_score_bucket{label=ham,le=0.2,task=spam,version=3}": 1.0,
+        "manifold_score_bucket{label=ham,le=0.3,task=spam,version=3}": 1.0,
+        "manifold_score_bucket{label=ham,le=+Inf,task=spam,version=3}": 2.0,
+        "manifold_score_sum{label=ham,task=spam,version=3}": 0.51,
+        'manifold_score_count{label=a"b\\%d\n,task=spam,version=3}': 1.0,
+        "manifold_drift_psi{kind=score,task=spam,version=3}": 0.31,
+        "manifold_drift_p_value{kind=score,task=spam,version=3}": 1e-30,
+        "manifold_drift_p_value{kind=length,task=spam,version=3}": 1.0,
         "manifold_queue_rows": 5.0,
         "manifold_device_memory_bytes": 1000.0,
         "manifold_event_loop_lag_seconds_count": 1.0,
@@ -177,7 +188,8 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
     assert found["process_resident_memory_bytes"] > 0
     stems = {name.split("{")[0] for name in found if name.startswith("manifold_")}
     counted = {stem for stem in stems if not stem.endswith(("_bucket", "_sum", "_count"))}
-    assert counted == {name.split("{")[0] for name in expected if not name.split("{")[0].endswith(("_sum", "_count"))}
+    named = {name.split("{")[0] for name in expected}
+    assert counted == {name for name in named if not name.endswith(("_bucket", "_sum", "_count"))}
 
 
 def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
@@ -186,8 +198,17 @@ def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
             metrics.predicted("spam", version, arm, "ok")
     metrics.predicted("intent", 1, "champion", "error")
     metrics.ran(BatchReport(1, 16, 0.0, 0.02, 0.0, {("spam", 1): 0.5, ("spam", 11): 0.5}, passes=1.0))
+    for version in (1, 11):
+        metrics.scored("spam", version, ("ham",), np.array([[0.2]]))
+        metrics.drifted("spam", version, {"score": (0.0, 1.0)})
     metrics.forget("spam", 1)
     metrics.forget("spam", 2)  # never asked for
+    of_versions = {name for name in samples(metrics) if "_score_sum" in name or "_drift" in name}
+    assert of_versions == {
+        "manifold_score_sum{label=ham,task=spam,version=11}",
+        "manifold_drift_psi{kind=score,task=spam,version=11}",
+        "manifold_drift_p_value{kind=score,task=spam,version=11}",
+    }
     assert [name for name in samples(metrics) if "device_seconds" in name] == [
         "manifold_device_seconds_total{task=spam,version=11}"
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Response
@@ -47,7 +48,7 @@ async def healthz(runtime: CurrentRuntime) -> HealthDetails:
 @router.get("/metrics", response_class=PlainTextResponse, responses=error_responses(500))
 async def metrics(runtime: CurrentRuntime) -> Response:
     """Everything that is measured, in Prometheus' text format."""
-    content, media_type = runtime.metrics.render()
+    content, media_type = await asyncio.to_thread(runtime.metrics.render)  # with many tasks it takes milliseconds
     return Response(content, media_type=media_type)
 
 

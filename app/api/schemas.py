@@ -12,9 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from app.api.control_schemas import RecordView, TrafficView, Wire
-from app.domain import InputKind, ProblemType, ReadoutKind, TextInput
+from app.domain import Arm, InputKind, ProblemType, ReadoutKind, TextInput
 from app.service.answers import Answer
 from app.service.usage import Usage
+from app.service.windows import DRIFT_P_VALUE, DRIFT_PSI, Kind
 
 _MAX_NAME = 200
 _MAX_TASKS = 1000
@@ -245,3 +246,28 @@ class HealthDetails(Health):
     in_flight: int = Field(description="requests at work")
     index_up: bool = Field(description="whether the index answers; without it what is live stays live")
     index_staleness_s: float = Field(description="how long ago the index was last read")
+
+
+# -- drift -------------------------------------------------------------------------------------------------------------
+
+
+class DriftView(BaseModel):
+    """How one thing about a live version's last texts stands to its baseline."""
+
+    task: str
+    version: int
+    arm: Arm
+    kind: Kind = Field(description="score, label, length (in tokens) or unknown (the share of unknown tokens)")
+    psi: float | None = Field(description="population stability index, less what chance shows; null: too few texts yet")
+    p_value: float | None = Field(description="of a chi-square test that both come from the same texts")
+    texts: int = Field(description="that are compared: the last ones")
+    baseline_texts: int
+    label: str | None = Field(description="of scores: the label whose scores moved most; null: the highest score")
+    drifting: bool = Field(description=f"PSI above {DRIFT_PSI} and p-value below {DRIFT_P_VALUE}")
+
+
+class DriftList(BaseModel):
+    window: int = Field(description="texts that are compared at most")
+    least_texts: int = Field(description="texts before anything is said")
+    drift: list[DriftView]
+    without_baseline: list[str] = Field(description="live versions that came without one: task@version")

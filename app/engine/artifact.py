@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from app.domain import (
     content_digest,
 )
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, find_faults, prefix_digest, prompt_names
+from app.engine.baseline import read_baseline
 from app.engine.heads import head_tensor_names
 from app.errors import ArtifactError
 
@@ -56,7 +57,7 @@ class Artifact:
 def version_of(manifest: Mapping[str, Any], digest: str, number: int) -> TaskVersion:
     """What a manifest that was checked says, as version `number`."""
     readout = manifest["readout"]
-    return TaskVersion(
+    version = TaskVersion(
         task=manifest["task"],
         version=number,
         digest=digest,
@@ -68,6 +69,7 @@ def version_of(manifest: Mapping[str, Any], digest: str, number: int) -> TaskVer
         position_offset=manifest.get("position_offset", 0),
         thresholds=tuple(manifest.get("thresholds") or ()),
     )
+    return replace(version, baseline=read_baseline(manifest, version))
 
 
 def read_artifact(path: Path, spec: BackboneSpec, options: Mapping[str, Any] | None = None) -> Artifact:

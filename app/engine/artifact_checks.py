@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, uint8
 
 from app.domain import BackboneSpec, HeadKind, InputKind, ProblemType, Readout, ReadoutKind
+from app.engine.baseline import baseline_faults
 from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names
 
 FORMAT_VERSION = 1
@@ -69,6 +70,7 @@ def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[st
         faults += _head_faults(_mapping(manifest, "head"))
     faults += _golden_faults(manifest.get("golden", []))
     faults += _token_faults(manifest)
+    faults += baseline_faults(manifest)
     if not isinstance(manifest.get("evaluation", {}), dict):
         faults.append("evaluation must be an object")
     return faults

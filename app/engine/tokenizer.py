@@ -28,6 +28,7 @@ class TextTokenizer:
             raise BackboneError(f"no tokenizer can be loaded from {model_path}: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise BackboneError(f"{model_path} has no fast tokenizer (tokenizer.json), which serving needs")
+        self.unknown_id: int | None = tokenizer.unk_token_id  # None: it knows a token for every text
         self._plain: Tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._plain.no_padding()
         self._plain.no_truncation()

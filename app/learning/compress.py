@@ -224,7 +224,7 @@ class _Work:
         return {
             "thresholds": thresholds,
             "evaluation": {"dev": evaluation.figures(scored, labels, thresholds), "measure": self.measure},
-            "score_baseline": evaluation.score_baseline(scored, labels),
+            "score_baseline": evaluation.score_baseline(artifact.version(0), scored, tokenizer.unknown_id, thresholds),
             "golden": evaluation.golden_examples(engine, tokenizer, artifact, dev),
         }
 

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from app.domain import Encoding, ProblemType, TaskOutput, TextInput
+from app.domain import Encoding, ProblemType, TaskOutput, TaskVersion, TextInput
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
+from app.engine.baseline import measured_baseline
 from app.engine.engine import Engine
 from app.engine.golden import predict
 from app.engine.plan import token_limit
 from app.engine.tokenizer import TextTokenizer
+from app.engine.traits import traits_of
 from app.errors import EngineError
 from app.learning.alignment import tags_of_words, word_starts
 from app.learning.data import Example, Table
@@ -26,7 +28,6 @@ from app.learning.figures import Floats, f1_by_threshold, figures_of
 from app.learning.figures import details as details_of
 
 _CHUNK = 256
-_NUM_BINS = 10
 _MAX_GOLDEN = 8
 _MAX_GOLDEN_CHARS = 200
 _GOLDEN_DIGITS = 7
@@ -58,16 +59,22 @@ def running(backbone: Backbone) -> Iterator[Engine]:
 
 def score(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: Table) -> Scored:
     """Every row of `table` through the engine. Raises EngineError where one fails."""
+    return Scored(table, *answers_to(engine, tokenizer, artifact, table.texts))
+
+
+def answers_to(
+    engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, texts: list[TextInput]
+) -> tuple[tuple[TaskOutput, ...], tuple[Encoding, ...]]:
+    """An output and an encoding for each text. Raises EngineError where one fails."""
     engine.load(artifact)
     limit = token_limit(engine.spec, [artifact.version(0)])
-    texts = table.texts
     outputs: list[TaskOutput] = []
     for start in range(0, len(texts), _CHUNK):
         outputs += predict(engine, tokenizer, artifact, texts[start : start + _CHUNK])
     failed = next((output.error for output in outputs if output.error is not None), None)
     if failed is not None:
         raise EngineError(f"the trained task fails: {failed}")
-    return Scored(table, tuple(outputs), tuple(tokenizer.encode(texts, [limit] * len(texts), truncate=True)))
+    return tuple(outputs), tuple(tokenizer.encode(texts, [limit] * len(texts), truncate=True))
 
 
 def figures(scored: Scored, labels: Sequence[str], thresholds: Sequence[float] = ()) -> dict[str, float]:
@@ -116,19 +123,12 @@ def gold_of(table: Table, labels: Sequence[str]) -> Any:
             return [list(example.labels) for example in table.examples]
 
 
-def score_baseline(scored: Scored, labels: Sequence[str]) -> dict[str, Any]:
-    """For each label a histogram of its scores: what live scores are compared with, to see them drift.
-
-    Regression has one, over the range seen. For tokens: the probabilities of the words that got the tag.
-    """
-    if scored.table.problem_type is ProblemType.REGRESSION:
-        values = scored.scores[:, 0]
-        counts, edges = np.histogram(values, _NUM_BINS)
-        return {"edges": [round(float(e), 6) for e in edges], "counts": [counts.tolist()]}
-    columns = _tag_scores(scored, len(labels)) if scored.table.problem_type is ProblemType.TOKEN else scored.scores.T
-    edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
-    histograms = [np.histogram(np.asarray(column), edges)[0].tolist() for column in columns]
-    return {"edges": [round(float(e), 1) for e in edges], "counts": histograms}
+def score_baseline(
+    version: TaskVersion, scored: Scored, unknown_id: int | None, thresholds: Sequence[float] = ()
+) -> dict[str, Any]:
+    """How the table's texts and answers look: what live ones are compared with, to see them drift."""
+    version = replace(version, thresholds=tuple(thresholds) or version.thresholds)
+    return measured_baseline(version, traits_of(version, scored.outputs, scored.encodings, unknown_id))
 
 
 def golden_examples(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: Table) -> list[dict[str, Any]]:
@@ -174,12 +174,3 @@ def _found_tags(scored: Scored, labels: Sequence[str]) -> list[list[str]]:
         tags_of_words(word_starts(encoding, example.words), [labels[i] for i in output.tags])
         for example, encoding, output in zip(scored.table.examples, scored.encodings, scored.outputs, strict=True)
     ]
-
-
-def _tag_scores(scored: Scored, num_labels: int) -> list[list[float]]:
-    columns: list[list[float]] = [[] for _ in range(num_labels)]
-    for example, encoding, output in zip(scored.table.examples, scored.encodings, scored.outputs, strict=True):
-        for tokens in word_starts(encoding, example.words):
-            for token in tokens:
-                columns[output.tags[token]].append(output.scores[token])
-    return columns

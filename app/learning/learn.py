@@ -266,7 +266,9 @@ def _write(
             | {"measure": MEASURES[tables.problem_type]},
             "details": {n: evaluation.details(s, tables.labels, thresholds) for n, s in scored.items()},
             "baselines": {name: baseline.figures for name, baseline in baselines.items()},
-            "score_baseline": evaluation.score_baseline(scored["dev"], tables.labels),
+            "score_baseline": evaluation.score_baseline(
+                artifact.version(0), scored["dev"], tokenizer.unknown_id, thresholds
+            ),
             "golden": evaluation.golden_of(engine, tokenizer, artifact, golden)
             if golden
             else evaluation.golden_examples(engine, tokenizer, artifact, tables.dev),

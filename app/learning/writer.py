@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +77,29 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Indented, but each list of numbers on one line."""
+    (folder / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+
+
+def replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """In one step: whoever reads the folder meanwhile finds the old manifest or the new one. Raises DataError."""
+    path, draft = folder / MANIFEST, folder / f".{MANIFEST}.{uuid.uuid4().hex}"
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(_manifest_text(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, draft)
+        draft.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    text = _NUMBERS.sub(lambda found: " ".join(found.group().split()), text)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return _NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n"
 
 
 def write_peft_config(folder: Path, manifest: Mapping[str, Any], spec: BackboneSpec) -> None:

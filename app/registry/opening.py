@@ -17,6 +17,7 @@ from app.registry.connection import connect, public_url
 from app.registry.embedded import EmbeddedRedis
 from app.registry.index import Index
 from app.registry.last_good import LastGood
+from app.registry.saved_windows import SavedWindows
 from app.registry.store import ArtifactStore
 
 
@@ -26,6 +27,7 @@ class Registry:
     index: Index
     store: ArtifactStore
     last_good: LastGood
+    windows: SavedWindows
     shown_url: str  # of the index, without credentials
     abandon: Callable[[], None]  # ends an index of our own, when the process is about to end without closing
     revive: Callable[[], None] | None  # starts an index of our own again; None where it is somebody else's
@@ -54,7 +56,8 @@ def open_registry(
         redis = connect(redis_url)
         opened.callback(redis.close)
         store = ArtifactStore(artifacts_url or f"file://{home / 'artifacts'}", home / "cache", cache_limit_bytes)
-        yield Registry(redis, Index(redis), store, LastGood(home / "last-good.json"), shown_url, abandon, revive)
+        last_good, windows = LastGood(home / "last-good.json"), SavedWindows(home / "drift-windows")
+        yield Registry(redis, Index(redis), store, last_good, windows, shown_url, abandon, revive)
 
 
 def _nothing() -> None:

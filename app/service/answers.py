@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from app.domain import Arm, Encoding, ProblemType, TaskOutput, TaskVersion, TextInput
+from app.domain import DEFAULT_THRESHOLD, Arm, Encoding, ProblemType, TaskOutput, TaskVersion, TextInput
 from app.engine.spans import Span, decode_spans
 from app.service.resolve import Target
-
-DEFAULT_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True, slots=True)

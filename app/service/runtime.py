@@ -10,6 +10,7 @@ from app.errors import UnavailableError
 from app.service.access import Access
 from app.service.admission import Admission
 from app.service.catalog import Catalog
+from app.service.drift import DriftPort
 from app.service.hot_swap import IndexHealth
 from app.service.inference import InferenceService
 from app.service.ports import EnginePort, RolloutPort
@@ -28,6 +29,7 @@ class Runtime:
     rollout: RolloutPort
     access: Access
     why: Why
+    drift: DriftPort
     metrics: Metrics
     traces: Tracing
     index_health: Callable[[], IndexHealth]

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.domain import ProblemType
+from app.domain import DEFAULT_THRESHOLD, ProblemType
 from app.errors import NotFoundError, OverloadedError, UnavailableError
 from app.registry.prediction_lines import Row
 from app.registry.prediction_store import Found, PredictionStore
 from app.rollout import AuditEntry, State
-from app.service.answers import DEFAULT_THRESHOLD
 from app.service.catalog import Catalog
 from app.service.change_log import ReadAudit
 from app.service.prediction_rows import is_sampled

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -18,6 +20,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from app.telemetry.series import DriftSeries, ScoreSeries
 
 # Otherwise each counter and histogram has a second series beside it, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -83,6 +87,7 @@ class Metrics:
         self._add_engine()
         self._add_process()
         self._add_versions()
+        self._scores, self._drift = ScoreSeries(), DriftSeries()
         self._add_index()
         self._build = Info("manifold_build", "The software and what it runs on.", registry=self._registry)
 
@@ -134,6 +139,8 @@ class Metrics:
             "Rows that the prediction log lacks: its disk is full, it or its store is too slow, or an error.",
             ("reason",),
         )
+        for reason in ("full", "slow", "store", "error"):
+            self._log_dropped.labels(reason)  # there from the start, so that the first loss is seen to be one
         self._cache_hits = counter("manifold_answer_cache_hits_total", "Answers for a text that were in the cache.")
         self._cache_misses = counter(
             "manifold_answer_cache_misses_total", "Answers for a text that were not in the cache, and were computed."
@@ -274,6 +281,20 @@ class Metrics:
         labels = {"task": task, "version": str(version)}
         self._predictions.remove_by_labels(labels)
         self._device_time.remove_by_labels(labels)
+        self._scores.forget(task, version)
+        self.no_drift(task, version)
+
+    def scored(self, task: str, version: int, labels: Sequence[str], scores: NDArray[np.floating[Any]]) -> None:
+        """`scores` [texts, labels] of texts that a version answered: nan where a text has none."""
+        self._scores.add(task, version, labels, scores)
+
+    def drifted(self, task: str, version: int, found: Mapping[str, tuple[float, float]]) -> None:
+        """By kind: how far the last texts are from the baseline (PSI), and how likely by chance (p-value)."""
+        self._drift.set(task, version, found)
+
+    def no_drift(self, task: str, version: int) -> None:
+        """Nothing is said any more of how a version's texts drift."""
+        self._drift.forget(task, version)
 
     # -- the index -----------------------------------------------------------------------------------------------------
 
@@ -310,4 +331,5 @@ class Metrics:
 
     def render(self) -> tuple[bytes, str]:
         """All of it in Prometheus' text format, and its content type."""
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        series = self._scores.render() + self._drift.render()
+        return generate_latest(self._registry) + series.encode(), CONTENT_TYPE_PLAIN_0_0_4

@@ -42,6 +42,7 @@ WITH_INPUT = {
     ("POST", "/v1/releases"): OFTEN,
     ("GET", "/v1/releases"): SOMETIMES,
     ("POST", "/v1/releases/{release_id}/rollback"): SOMETIMES,
+    ("GET", "/v1/drift"): SOMETIMES,
     ("GET", "/v1/audit"): SOMETIMES,
     ("GET", "/v1/predictions/{request_id}"): SOMETIMES,
     ("POST", "/v1/keys"): SOMETIMES,

@@ -24,6 +24,7 @@ REPORTS = {
     "LEARNING": "bench-learning",
     "PACKING": "bench-packing",
     "FEWLABELS": "bench-few-labels",
+    "DRIFT": "bench-drift",
 }
 WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from app.client.http import Server
 from app.client.publish import approve, publish, read_folder
+from app.config import SHIPPED_PREFIXES
 from app.domain import BackboneSpec
 from app.engine.backbone import Backbone
 from app.errors import ManifoldError
@@ -25,6 +27,7 @@ from tests.registry.redis_server import RedisServer
 from tests.serving import ServerProcess, wait_for
 
 PERMITS = 4
+_BASELINE = json.loads((SHIPPED_PREFIXES / "spam/manifest.json").read_text("utf-8"))["score_baseline"]
 TENSORS = "adapter_model.safetensors"
 
 
@@ -44,7 +47,7 @@ class BusyServer:
     def running(self) -> Iterator[str]:
         """Its address, while it is ready and not yet busy."""
         prefixes = self.folder / "prefixes"
-        write_artifact(prefixes / "spam", self.spec, "spam", ("ham", "spam"))
+        write_artifact(prefixes / "spam", self.spec, "spam", ("ham", "spam"), score_baseline=_BASELINE)
         write_artifact(prefixes / "gated", self.spec, "gated", ("ham", "spam"))
         write_artifact(prefixes / "stars", self.spec, "stars", (), "regression")
         write_artifact(prefixes / "slots", self.spec, "slots", ("O", "B-who", "I-who"), "token_classification")
@@ -52,9 +55,10 @@ class BusyServer:
         self.redis.start()
         options = ("--port", "0", "--device", "cpu", "--dtype", "float32", "--prefixes", str(prefixes))
         index = ("--redis-url", self.redis.url, "--home", str(self.folder / "home"), "--index-poll-ms", "200")
+        log = ("--prediction-log", str(self.folder / "predictions"))
         limits = ("--max-concurrent-requests", str(PERMITS), "--drain-grace-s", "0", "--no-log-requests")
         try:
-            with ServerProcess("app.cli", "serve", *options, *index, *limits) as process:
+            with ServerProcess("app.cli", "serve", *options, *index, *limits, *log) as process:
                 self.url = process.wait_until_ready()
                 self.server = Server(self.url)
                 yield self.url

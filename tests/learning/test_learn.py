@@ -131,7 +131,8 @@ def test_it_learns_to_tag_tokens(tmp_path: Path, backbone: Backbone) -> None:
     assert manifest["labels"] == ["O", "B-city", "I-city", "B-name", "I-name"]
     assert manifest["readout"]["kind"] == "tokens"
     assert manifest["evaluation"]["test"]["f1"] > 0.9
-    assert sum(map(sum, manifest["score_baseline"]["counts"])) > 60
+    assert sum(map(sum, manifest["score_baseline"]["counts"])) == manifest["score_baseline"]["texts"] == 60
+    assert len(manifest["score_baseline"]["labels"]) == 3  # city, name, none
 
 
 def test_regression_answers_in_the_units_of_the_data(tmp_path: Path, backbone: Backbone) -> None:
