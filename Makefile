@@ -12,7 +12,7 @@ PEERS := adapterhub limits peers-infinity peers-litserve peers-bentoml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-drift bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-peers format lock clean
+.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-drift bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-watching bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
@@ -68,7 +68,7 @@ bench-drift: $(VENV)/.dev
 bench-experiment: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out prefixes/EXPERIMENT.md $(ARGS)
 
-bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile: bench-%: $(VENV)/.dev
+bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-watching: bench-%: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.$* $(ARGS)
 
 bench-int8: $(VENV)/.dev .venv-limits/.installed

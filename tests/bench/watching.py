@@ -1,0 +1,273 @@
+"""What watching costs: throughput with all of it on over all of it off, and what a scrape of many tasks takes.
+
+    make bench-watching
+
+Two servers, alike but for what watches, take turns under the same closed loop (wrk); then one with 200 live tasks is
+scraped while it answers, and while it does not. Writes WATCHING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx2
+
+from app.engine.backbone import Backbone
+from tests.bench.load import Call, Load, require_wrk, run_wrk
+from tests.bench.load_texts import TextSet, make_texts
+from tests.bench.machine import describe
+from tests.bench.serving_artifacts import write_readouts
+from tests.bench.serving_servers import ROOT, Running, Server, Work, running
+
+REPORT = Path(__file__).with_name("WATCHING.md")
+SHIPPED = ROOT / "prefixes"
+TASKS = 200
+CONNECTIONS = 64
+FEW_CONNECTIONS = 8
+MOST_COST = 0.03  # share of throughput that watching may take
+MOST_SCRAPE_MS = 50.0
+OFF, ON, MANY = "off", "on", "many"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of requests: which tasks, and how long the texts are."""
+
+    name: str
+    tasks: tuple[str, ...]
+    length: str
+
+    @property
+    def call(self) -> Call:
+        return Call("/v1/predict", '{"inputs":', f',"tasks":{json.dumps(self.tasks)}}}')
+
+
+ONE = Traffic("one task, 16 tokens", ("spam",), "16")
+SEVERAL = Traffic(
+    "seven tasks, 64 tokens", ("banking", "emotion", "intent", "offensive", "sentiment", "slots", "spam"), "64"
+)
+
+
+@dataclass
+class Found:
+    loads: dict[tuple[str, str], list[Load]] = field(default_factory=dict)  # by traffic and server
+    scrapes_ms: dict[str, list[float]] = field(default_factory=dict)  # by whether the server had other work
+    p99_ms: dict[bool, list[float]] = field(default_factory=dict)  # by whether it was scraped meanwhile
+    scrape_bytes: int = 0
+    scrape_lines: int = 0
+
+
+def server(
+    name: str, prefixes: Path, folder: Path, threads: int, options: Sequence[str], works: list[Traffic]
+) -> Server:
+    own = ["--prefixes", str(prefixes), "--home", str(folder / f"home-{name}"), "--dtype", "float32"]
+    own += ["--threads", str(threads), "--answer-cache-bytes", "0", *options]
+    return Server(
+        name,
+        str(Path(sys.prefix)),
+        lambda port: ["python", "-m", "app.cli", "serve", "--port", str(port), *own],
+        {work.name: Work((work.call,), 1.0) for work in works},
+        "",
+    )
+
+
+def watching(folder: Path, receiver: str) -> list[str]:
+    """Every option that adds something to watch."""
+    log = ["--prediction-log", str(folder / "predictions"), "--prediction-log-format", "parquet"]
+    return ["--log-format", "json", "--otlp-endpoint", receiver, *log]
+
+
+class _Swallow(BaseHTTPRequestHandler):
+    """An OTLP receiver that takes everything and keeps nothing."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def receiver() -> Iterator[str]:
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _Swallow)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+
+
+@contextmanager
+def scraping(one: Running, every_s: float) -> Iterator[None]:
+    """By curl, a process for each scrape, as Prometheus would: nothing of it runs in the server."""
+    closing = threading.Event()
+
+    def run() -> None:
+        while not closing.wait(every_s):
+            subprocess.run(["curl", "-s", "-o", "/dev/null", f"{one.url}/metrics"], check=False)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
+
+
+def measure_cost(
+    servers: dict[str, Running], texts: dict[str, TextSet], rounds: int, seconds: int, found: Found
+) -> None:
+    start = 0
+    for number in range(rounds + 1):  # the first is for warming up
+        for traffic in (ONE, SEVERAL):
+            for name in (OFF, ON) if number % 2 else (ON, OFF):
+                one = servers[name]
+                one.resume()
+                if name == ON:
+                    with scraping(one, 1.0):
+                        load = run_wrk(one.url, [traffic.call], texts[traffic.length].file, CONNECTIONS, seconds, start)
+                else:
+                    load = run_wrk(one.url, [traffic.call], texts[traffic.length].file, CONNECTIONS, seconds, start)
+                one.pause()
+                start += load.answers
+                if number:
+                    found.loads.setdefault((traffic.name, name), []).append(load)
+                    print(f"{traffic.name}, {name}: {load.texts_s:.1f} texts/s, p99 {load.p99_ms:.0f} ms", flush=True)
+
+
+def measure_scrape(one: Running, text: TextSet, traffic: Traffic, rounds: int, seconds: int, found: Found) -> None:
+    one.resume()
+    run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds)  # every task has its series now
+    for number in range(rounds):
+        for is_scraped in (True, False) if number % 2 else (False, True):
+            if is_scraped:
+                with scraping(one, 1.0):
+                    load = run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds, 1000 * number)
+            else:
+                load = run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds, 1000 * number)
+            found.p99_ms.setdefault(is_scraped, []).append(load.p99_ms)
+            print(f"{TASKS} tasks, scraped {is_scraped}: p99 {load.p99_ms:.1f} ms", flush=True)
+    load_process = threading.Thread(
+        target=run_wrk, args=(one.url, [traffic.call], text.file, FEW_CONNECTIONS, 8, 50_000), daemon=True
+    )
+    found.scrapes_ms["idle"] = [_scrape(one, found) for _ in range(30)]
+    load_process.start()
+    time.sleep(1.0)
+    found.scrapes_ms["under load"] = [_scrape(one, found) for _ in range(30)]
+    load_process.join()
+    one.pause()
+
+
+def _scrape(one: Running, found: Found) -> float:
+    began_s = time.perf_counter()
+    answer = httpx2.get(f"{one.url}/metrics")
+    taken_ms = 1000 * (time.perf_counter() - began_s)
+    answer.raise_for_status()
+    found.scrape_bytes, found.scrape_lines = len(answer.content), answer.text.count("\n")
+    time.sleep(0.1)
+    return taken_ms
+
+
+def ratios(found: Found, traffic: Traffic) -> list[float]:
+    pairs = zip(found.loads[traffic.name, ON], found.loads[traffic.name, OFF], strict=True)
+    return [on.texts_s / off.texts_s for on, off in pairs]
+
+
+def report(found: Found, threads: int, rounds: int, seconds: int) -> str:
+    lines = [
+        "# Watching: what it costs",
+        "",
+        f"{datetime.now(UTC).date()}, {describe(threads)}. Written by `make bench-watching`; {rounds} rounds of "
+        f"{seconds} s in which both servers take turns; wrk, the receiver of traces and the scrapes on the same cores.",
+        "",
+        f"*On*: a JSON line a request, a trace of every request sent to an OTLP receiver, every answer in a prediction "
+        f"log (Parquet), drift windows, and a scrape a second. *Off*: none of these. {CONNECTIONS} requests at once, "
+        "no answer cache.",
+        "",
+        "| traffic | off, texts/s | on, texts/s | on / off (median; each round) | p99 off, on | at most 3 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for traffic in (ONE, SEVERAL):
+        off, on = (found.loads[traffic.name, name] for name in (OFF, ON))
+        each = ratios(found, traffic)
+        middle = statistics.median(each)
+        failed = sum(load.failed for load in (*off, *on))
+        verdict = "met" if middle >= 1 - MOST_COST and not failed else "**not met**"
+        lines.append(
+            f"| {traffic.name} | {_median(off, 'texts_s'):.1f} | {_median(on, 'texts_s'):.1f} | **{middle:.3f}** "
+            f"({', '.join(f'{ratio:.2f}' for ratio in each)}) | {_median(off, 'p99_ms'):.0f}, "
+            f"{_median(on, 'p99_ms'):.0f} ms | {verdict}{f', {failed} failed' if failed else ''} |"
+        )
+    scraped, alone = found.p99_ms[True], found.p99_ms[False]
+    moved = statistics.median(scraped) / statistics.median(alone)
+    idle, busy = (found.scrapes_ms[name] for name in ("idle", "under load"))
+    middle_ms, most_ms = statistics.median(idle), max(idle)
+    lines += [
+        "",
+        f"A server with {TASKS} live tasks of four labels, all of them asked: `/metrics` has {found.scrape_lines} "
+        f"lines, {found.scrape_bytes / 1e6:.2f} MB.",
+        "",
+        "| | median | slowest of 30 | |",
+        "|---|---|---|---|",
+        f"| a scrape, nothing else to do | {middle_ms:.1f} ms | {most_ms:.1f} ms | below {MOST_SCRAPE_MS:.0f} ms: "
+        f"{'met' if middle_ms < MOST_SCRAPE_MS else '**not met**'} |",
+        f"| a scrape beside {FEW_CONNECTIONS} requests for all of them at once | {statistics.median(busy):.1f} ms | "
+        f"{max(busy):.1f} ms | it waits for its turn |",
+        "",
+        f"p99 of those requests, scraped each second over not scraped: {statistics.median(scraped):.0f} over "
+        f"{statistics.median(alone):.0f} ms, {moved:.3f} times (rounds: "
+        f"{', '.join(f'{s / a:.2f}' for s, a in zip(scraped, alone, strict=True))}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _median(loads: Sequence[Load], name: str) -> float:
+    return statistics.median(getattr(load, name) for load in loads)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=int, default=8)
+    options = parser.parse_args()
+    require_wrk()
+    found, failures = Found(), dict[str, str]()
+    with tempfile.TemporaryDirectory() as name, receiver() as url:
+        folder = Path(name)
+        backbone = Backbone.load("embedded", "cpu", "float32")
+        many = Traffic("all of them", tuple(write_readouts(folder / "many", backbone.spec, TASKS)), "16")
+        texts = {length: make_texts(str(backbone.path), length, folder) for length in ("16", "64")}
+        del backbone
+        servers = [
+            server(OFF, SHIPPED, folder, options.threads, ["--no-log-requests", "--drift-window", "0"], [ONE, SEVERAL]),
+            server(ON, SHIPPED, folder, options.threads, watching(folder, url), [ONE, SEVERAL]),
+            server(MANY, folder / "many", folder, options.threads, ["--no-log-requests"], [many]),
+        ]
+        with running(servers, options.threads, folder, failures) as started:
+            if failures:
+                raise SystemExit(f"not started: {failures}")
+            measure_cost(started, texts, options.rounds, options.seconds, found)
+            measure_scrape(started[MANY], texts["16"], many, options.rounds, options.seconds, found)
+    REPORT.write_text(report(found, options.threads, options.rounds, options.seconds))
+    print(f"written: {REPORT}")
+
+
+if __name__ == "__main__":
+    main()
