@@ -42,7 +42,7 @@ ROLES: list[tuple[str, str, Any, Role]] = [
 ]
 ANY_KEY = [
     "/v1/tasks", "/v1/tasks/spam", "/v1/tasks/spam/versions/1", "/v1/tasks/spam/comparison",
-    "/v1/releases", "/v1/index", "/info",
+    "/v1/drift", "/v1/releases", "/v1/index", "/info",
 ]  # fmt: skip
 FREE = ["/livez", "/readyz", "/healthz", "/docs", "/openapi.json"]
 
