@@ -50,6 +50,8 @@ class ServerProcess:
 
     def __init__(self, module: str, *arguments: str) -> None:
         self.log: list[str] = []
+        self.reads = threading.Event()  # cleared: nobody reads what it writes
+        self.reads.set()
         self._home = tempfile.TemporaryDirectory(prefix="home-")
         if "serve" in arguments and "--home" not in arguments:
             arguments = (*arguments, "--home", self._home.name)
@@ -78,6 +80,7 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
+        self.reads.set()
         self._reader.join(5)
         assert self.process.stderr is not None
         self.process.stderr.close()
@@ -94,6 +97,7 @@ class ServerProcess:
 
     def wait(self, timeout_s: float = 20.0) -> int:
         status = self.process.wait(timeout_s)
+        self.reads.set()
         self._reader.join(5)
         return status
 
@@ -101,3 +105,4 @@ class ServerProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
+            self.reads.wait()

@@ -91,6 +91,25 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert server.wait(5) == 128 + signal.SIGINT
 
 
+def test_a_log_that_nobody_reads_holds_nothing_up() -> None:
+    """Not answers, not what is logged on the event loop itself, not the end."""
+    with fake_server(0.0, drain_grace_s=0) as server:
+        url = server.wait_until_ready()
+        server.reads.clear()
+        with httpx2.Client(base_url=url) as client:
+            for number in range(600):  # more than pipe and buffers take
+                assert client.get(f"/v1/tasks/nobody{number:04}{'x' * 150}").status_code == 404
+            port = int(url.rpartition(":")[2])
+            for _ in range(3):
+                with socket.create_connection(("127.0.0.1", port)) as raw:  # uvicorn warns of it, on the loop
+                    raw.sendall(b"GARBAGE\x00\r\n\r\n")
+                    raw.recv(1000)
+            assert client.get("/livez").status_code == 200
+            assert client.post("/v1/predict", json=BODY).status_code == 200
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+
+
 @pytest.fixture
 def _serve_in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("app.main.configure_logging", lambda log_format: None)

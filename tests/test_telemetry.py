@@ -38,6 +38,7 @@ def test_json_is_an_object_a_line_with_request_and_trace(capsys: pytest.CaptureF
         raise ValueError("two\nlines")
     except ValueError:
         logging.getLogger("manifold").exception("it %s", "broke", extra={"request_id": "r-1"})
+    logging.getLogger().handlers[0].flush()
     (line,) = capsys.readouterr().err.splitlines()
     event = json.loads(line)
     assert (event["level"], event["logger"], event["message"], event["request_id"]) == (
@@ -53,27 +54,52 @@ def test_json_is_an_object_a_line_with_request_and_trace(capsys: pytest.CaptureF
 def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("text")
     logging.getLogger("manifold").info("ready")
+    logging.getLogger().handlers[0].flush()
     assert capsys.readouterr().err.endswith("INFO manifold: ready\n")
+
+
+def test_a_caller_can_begin_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("text")
+    logging.getLogger("manifold").info("%s", "GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
+    logging.getLogger().handlers[0].flush()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r"INFO manifold: GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
+
+
+class Slow(logs._Stream):
+    def __init__(self) -> None:
+        self.opens, self.written = threading.Event(), list[str]()
+
+    def write(self, text: str) -> None:
+        assert self.opens.wait(10)
+        self.written.append(text.strip())
 
 
 def test_lines_that_a_slow_reader_loses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_MOST_LINES", 2)
-    opens, written = threading.Event(), []
-
-    class Slow(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            assert opens.wait(10)
-            written.append(record.getMessage())
-
-    aside = logs._Aside(Slow())
+    stream = Slow()
+    aside = logs._Aside(logging.Formatter("%(message)s"), stream)
     number = 0
     while not aside._num_dropped:
         aside.handle(logging.makeLogRecord({"name": "access", "msg": f"line {number}"}))
         number += 1
-    opens.set()
-    wait_for(lambda: len(written) == number - 1)
+    stream.opens.set()
+    wait_for(lambda: len(stream.written) == number - 1)
     aside.handle(logging.makeLogRecord({"name": "access", "msg": "the last"}))
-    wait_for(lambda: written[-2:] == ["1 lines were dropped: the log is read too slowly", "the last"])
+    wait_for(lambda: stream.written[-2:] == ["1 lines were dropped: the log is read too slowly", "the last"])
+    aside.close()
+    assert not aside._thread.is_alive()
+
+
+def test_a_reader_that_stopped_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_MOST_WAIT_S", 0.05)
+    stream = Slow()
+    aside = logs._Aside(logging.Formatter("%(message)s"), stream)
+    aside.handle(logging.makeLogRecord({"name": "manifold", "msg": "nobody reads this"}))
+    aside.flush()
+    aside.close()
+    assert stream.written == []
+    stream.opens.set()
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

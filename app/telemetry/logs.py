@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
+import os
 import queue
+import re
 import sys
+import threading
 import time
-from logging.handlers import QueueHandler, QueueListener
 from typing import Literal
 
 ACCESS = "manifold.access"  # the logger with a line a request
 _OF_REQUEST = ("request_id", "trace_id", "span_id")
 _MOST_LINES = 10_000  # that wait to be written
+_MOST_WAIT_S = 2.0  # for a slow reader at the end
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a line, or a terminal
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,43 +38,91 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class TextFormatter(logging.Formatter):
+    """For people. What a message quotes of a caller can neither begin a line nor move the cursor."""
+
+    def __init__(self) -> None:
+        super().__init__(_TEXT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = _BREAKING.sub(lambda found: repr(found[0])[1:-1], record.message)
+        return super().formatMessage(record)
+
+
 def configure_logging(log_format: Literal["text", "json"]) -> None:
     """Replaces the root logger's handlers; for the server's process only, tests keep their own."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_TEXT))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    aside = _Aside(JsonFormatter() if log_format == "json" else TextFormatter(), _Stream())
+    logging.basicConfig(level=logging.INFO, handlers=[aside], force=True)
     for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
     logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # it warns of each header that a client got wrong
-    access = logging.getLogger(ACCESS)
-    access.handlers[:] = [_Aside(handler)]
-    access.propagate = False
 
 
-class _Aside(QueueHandler):
-    """Writes on a thread of its own, so that a slow reader of the log holds no answer up.
+class _Stream:
+    """Standard error without Python's buffer, whose lock a reader that stopped would hold for ever."""
+
+    def write(self, text: str) -> None:
+        try:
+            number = sys.stderr.fileno()
+        except (OSError, ValueError, AttributeError):  # it is no file
+            sys.stderr.write(text)
+            return
+        left = text.encode("utf-8", "backslashreplace")
+        while left:
+            left = left[os.write(number, left) :]
+
+
+class _Aside(logging.Handler):
+    """Writes on a thread of its own, so that a slow reader of the log holds nobody up: no answer, no swap, no end.
 
     Lines that it cannot keep up with are dropped, and the next one that finds room says how many.
     """
 
-    def __init__(self, handler: logging.Handler) -> None:
-        super().__init__(queue.Queue(_MOST_LINES))
+    def __init__(self, formatter: logging.Formatter, stream: _Stream) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._stream = stream
         self._num_dropped = 0
-        listener = QueueListener(self.queue, handler)
-        listener.start()
-        atexit.register(listener.stop)
+        self._waiting: queue.Queue[logging.LogRecord | threading.Event | None] = queue.Queue(_MOST_LINES)
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
 
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        return record  # it stays in this process
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         try:
             if self._num_dropped:
                 told = {"name": record.name, "levelno": logging.WARNING, "levelname": "WARNING"}
                 told["msg"] = f"{self._num_dropped} lines were dropped: the log is read too slowly"
-                self.queue.put_nowait(logging.makeLogRecord(told))
+                self._waiting.put_nowait(logging.makeLogRecord(told))
                 self._num_dropped = 0
-            self.queue.put_nowait(record)
+            self._waiting.put_nowait(record)
         except queue.Full:
             self._num_dropped += 1
+
+    def flush(self) -> None:
+        """Until all that waits is written, or for as long as anybody can be made to wait."""
+        written = threading.Event()
+        try:
+            self._waiting.put_nowait(written)
+        except queue.Full:
+            return
+        if self._thread.is_alive():
+            written.wait(_MOST_WAIT_S)
+
+    def close(self) -> None:
+        try:
+            self._waiting.put_nowait(None)
+            self._thread.join(_MOST_WAIT_S)
+        except queue.Full:
+            pass  # nobody reads: the thread ends with the process
+        super().close()
+
+    def _run(self) -> None:
+        while (waiting := self._waiting.get()) is not None:
+            if isinstance(waiting, threading.Event):
+                waiting.set()
+                continue
+            try:
+                self._stream.write(self.format(waiting) + "\n")
+            except Exception:  # the thread must outlive a stream that breaks and a record that has no text
+                self._num_dropped += 1
