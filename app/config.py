@@ -6,6 +6,7 @@ Knows what each setting means and which values can work; nothing of who uses the
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from app.errors import SettingsError
 
 ENV_PREFIX = "MANIFOLD_"
+_CREDENTIALS = re.compile(r"//[^/@\s]*@")  # of a URL, which errors quote
 SHORTEST_KEY = 16
 LEAST_WINDOW = 200  # texts before anything is said of their drift
 SHIPPED_PREFIXES = Path(__file__).resolve().parents[1] / "prefixes"
@@ -150,7 +152,9 @@ def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
 def _is_http(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
+        has_place = bool(parts.hostname) and parts.port != 0
+        is_plain = not (parts.query or parts.fragment or re.search(r"\s", url))
+        return parts.scheme in ("http", "https") and has_place and is_plain
     except ValueError:  # of the port
         return False
 
@@ -182,7 +186,8 @@ def _sentence(detail: ErrorDetails) -> str:
     if not detail["loc"]:
         return message
     field = str(detail["loc"][0])
-    sentence = f"{field} ({option_name(field)}, {env_name(field)}) is {detail['input']!r}: {_lower_first(message)}"
+    given = _CREDENTIALS.sub("//…@", repr(detail["input"]))
+    sentence = f"{field} ({option_name(field)}, {env_name(field)}) is {given}: {_lower_first(message)}"
     if field == "port" and str(detail["input"]).startswith("tcp://"):
         sentence += "; Kubernetes sets it so for a service named manifold: set enableServiceLinks to false"
     return sentence

@@ -260,6 +260,7 @@ OPERATIONS: list[tuple[str, str, Any, frozenset[Role]]] = [
     ("GET", "/v1/tasks/spam", None, ANY),
     ("GET", "/v1/tasks/spam/versions/1", None, ANY),
     ("GET", "/v1/tasks/spam/comparison", None, ANY),
+    ("GET", "/v1/drift", None, ANY),
     ("GET", "/v1/releases", None, ANY),
     ("GET", "/v1/index", None, ANY),
     ("GET", "/info", None, ANY),

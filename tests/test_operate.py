@@ -173,10 +173,10 @@ def test_every_operation_of_the_api_has_a_command_and_every_command_prints_json_
         "approve all@1", "approve all@2", "approve all@3", "reject all@4", "reject all@5", "promote all@1",
         "canary all@2 5", "canary all@2 0", "shadow all@3", "shadow all@3 --off", "promote all@2", "rollback all",
         f"releases create {release}", "releases list", "retire all@3", "tasks", "tasks all", "compare all",
-        "predict hello --task all", "audit", "audit --verify", "index", "index show", "keys list",
+        "predict hello --task all", "audit", "audit --verify", "index", "index show", "keys list", "drift",
     ):  # fmt: skip
         assert isinstance(shell.json(*step.split()), dict), step
-    for step in ("tasks", "tasks all", "compare all", "releases list", "audit", "index", "keys list"):
+    for step in ("tasks", "tasks all", "compare all", "releases list", "audit", "index", "keys list", "drift"):
         words = shell.say(*step.split())
         assert words.strip() and not words.lstrip().startswith("{"), step
     made = shell.json("releases", "list")["releases"][0]
