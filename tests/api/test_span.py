@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from app.api.span import describe
 from app.config import Settings
@@ -54,6 +55,17 @@ def traced(
 
 def lines(caplog: pytest.LogCaptureFixture, logger: str) -> list[dict[str, object]]:
     return [json.loads(JsonFormatter().format(record)) for record in caplog.records if record.name == logger]
+
+
+def test_who_has_no_key_leaves_no_span(settings: Settings, engine: FakeEngine, receiver: Receiver) -> None:
+    guarded = settings.model_copy(update={"admin_key": SecretStr("a-secret-of-the-admin")})
+    traces = Traces(Outlet(receiver.endpoint, lambda count: None), 1.0, {})
+    app = create_app(guarded, make_runtime(guarded, engine, traces=traces))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        for key in ("wrong", "a-secret-of-the-admin"):
+            client.post("/v1/predict", json=BODY, headers={**TRACED, "authorization": f"Bearer {key}"})
+    traces.close()
+    assert [said(span)["http.response.status_code"] for span in receiver.wait_for("POST /v1/predict")] == [200]
 
 
 def test_a_prediction_says_what_answered_and_what_it_cost(traced: TestClient, receiver: Receiver) -> None:
