@@ -6,6 +6,7 @@ import logging
 
 from starlette.types import Scope
 
+from app.api.routes import route_of
 from app.service.inference import Embeddings, Prediction
 from app.telemetry.logs import ACCESS
 
@@ -25,7 +26,7 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
     state, method, path = scope["state"], scope["method"], scope["path"][:200]
     fields: dict[str, object] = {
         "method": method,
-        "route": getattr(scope.get("route"), "path_format", "none"),
+        "route": route_of(scope),
         "status": status,
         "duration_ms": round(1000 * duration_s, 3),
     }

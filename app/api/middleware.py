@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.access_log import log_request
 from app.api.errors import error_response
+from app.api.routes import PERMITTED, route_of
 from app.api.span import describe
 from app.config import is_loopback
 from app.errors import EngineError, ForbiddenError, ManifoldError, TooLargeError
@@ -29,7 +30,6 @@ from app.telemetry.tracing import UNTRACED, Caller, Trace, parse_caller
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
 _FREE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})
-_PERMITTED = frozenset({"/v1/predict", "/v1/embeddings"})
 _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 
 
@@ -100,7 +100,7 @@ class Gatekeeper:
                 _check_browser(scope)
             if _takes_artifact(scope):  # large bodies are read only of those whose artifacts are taken
                 access.require(principal, Role.PUBLISH)
-            if scope["path"] in _PERMITTED and scope["method"] == "POST":
+            if scope["path"] in PERMITTED and scope["method"] == "POST":
                 runtime.admission.check()
             await self.app(scope, receive, send)
         except ForbiddenError as error:
@@ -245,10 +245,8 @@ def asked(scope: Scope) -> str:
 
 
 def _count(scope: Scope, status: int, duration_s: float) -> None:
-    """By the route's template, so that there are only so many."""
-    route = scope.get("route")
     metrics: Metrics = scope["state"]["runtime"].metrics
-    metrics.answered(str(getattr(route, "path_format", "none")), status, duration_s)
+    metrics.answered(route_of(scope), status, duration_s)
 
 
 def milliseconds(duration_s: float) -> str:

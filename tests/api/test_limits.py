@@ -42,6 +42,8 @@ async def test_a_full_server_answers_429_at_once_and_probes_still_answer(
     assert refused.status_code == 429
     assert refused.json()["error_type"] == "overloaded"
     assert int(refused.headers["retry-after"]) >= 1
+    counted = (await async_client.get("/metrics")).text
+    assert 'manifold_requests_total{code="429",route="/v1/predict"} 1.0' in counted
     assert (await async_client.get("/readyz")).status_code == 200
     assert (await async_client.get("/healthz")).json()["in_flight"] == 1
     engine.release()
