@@ -16,6 +16,7 @@ from app.engine.artifact import TENSORS
 from app.errors import SettingsError
 from app.learning import jobs
 from app.learning.compose import usable
+from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
 from app.learning.recipe import Recipe
 from app.learning.reporting import REPORT
@@ -74,6 +75,9 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--full-finetune", action="store_true", help="also fine-tune the whole backbone, as the ceiling")
+    group.add_argument(
+        "--finetune-epochs", type=int, default=FinetuneSettings().epochs, metavar="N", help=f"of it; {_DEFAULT}"
+    )
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +180,8 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
     given = any(getattr(args, name) is not None for name in _CHOICES)
     if given and (args.auto or args.compose):
         raise SettingsError("--auto and --compose choose what --readout, --prefixes and the like give: leave one out")
+    if args.finetune_epochs < 1:
+        raise SettingsError("--finetune-epochs is out of range: give 1 or more")
     is_search = args.auto is not False and not given and not args.compose
     needs_pool = args.compose or (is_search and Arrangement.COMBINATION in args.candidates)
     pool = (
@@ -188,7 +194,7 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         compose=args.compose is not None,
         tolerance=args.tolerance / 100,
         baselines=args.baselines,
-        full_finetune=args.full_finetune,
+        finetuning=FinetuneSettings(epochs=args.finetune_epochs, seed=args.seed) if args.full_finetune else None,
         golden=args.golden,
         raise_epochs=args.epochs is None,
         given=frozenset(_given(args)),

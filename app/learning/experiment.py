@@ -365,7 +365,9 @@ class Experiment:
         tables, device = study.tables, study.backbone.device
         settings = replace(self.plan.finetuning, seed=seed)
         both = texts["train"], texts["dev"]
-        tuned = finetune(self.backbone.path, both, tables.problem_type, tables.labels, settings, device)
+        tuned = finetune(
+            self.backbone.path, both, tables.problem_type, tables.labels, settings, device, dtype=self.backbone.dtype
+        )
         logits = {name: whole_logits(tuned.model, texts[name], device)[0] for name in ("dev", "test")}
         num_parameters = sum(w.numel() for name, w in tuned.model.named_parameters() if name.startswith("network."))
         outcome = _outcome(task, study, logits, tuned.seconds)

@@ -26,6 +26,7 @@ from app.learning.calibration import fit_temperature
 from app.learning.compose import compose
 from app.learning.data import read_inputs
 from app.learning.evaluation import Scored
+from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
 from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
@@ -51,7 +52,7 @@ class Options:
     compose: bool = False  # choose among tuples of the pool's prefixes instead
     tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
     baselines: bool = False
-    full_finetune: bool = False
+    finetuning: FinetuneSettings | None = None  # of the whole backbone, as the ceiling among the baselines
     raise_epochs: bool = False  # where rows are few, for enough steps
     golden: Path | None = None  # inputs for the golden examples; None: rows of dev
     command: str = ""  # as it was typed, for the report
@@ -114,7 +115,7 @@ def learn(
     baselines: dict[str, Baseline] = {}
     if options.baselines and not learned.was_interrupted:
         try:
-            baselines = reporting.baselines(study, recipe, options.full_finetune)
+            baselines = reporting.baselines(study, recipe, options.finetuning)
         except KeyboardInterrupt:
             learned = replace(learned, was_interrupted=True)
     with writer.new_folder(out) as folder:

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from app.domain import BackboneSpec, Encoding, ProblemType, ReadoutKind
 from app.engine.artifact import flatten_prefix
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
-from app.engine.backbone import Backbone
 from app.learning import writer
 from app.learning.finetune import FinetuneSettings, Texts, WholeModel, whole_logits
 from app.learning.model import TaskModel, position_offset
@@ -154,15 +153,17 @@ def finetune_together(
     torch.manual_seed(settings.seed)
     backbone = next(iter(studies.values())).backbone
     device = backbone.device
-    models = {n: WholeModel(backbone.path, s.tables.num_outputs, is_token=False) for n, s in studies.items()}
+    models = {
+        n: WholeModel(backbone.path, s.tables.num_outputs, is_token=False, dtype=backbone.dtype)
+        for n, s in studies.items()
+    }
     network: PreTrainedModel = next(iter(models.values())).network
     for model in models.values():
         model.network = network
         model.to(device)
 
     def logits(task: str, table: str) -> Tensor:
-        with _half(backbone):
-            return whole_logits(models[task], Texts(*studies[task].texts(table)), device)[0].float()
+        return whole_logits(models[task], Texts(*studies[task].texts(table)), device)[0]
 
     def member(name: str) -> _Member:
         study, model = studies[name], models[name]
@@ -170,9 +171,8 @@ def finetune_together(
         _, dev_targets = study.texts("dev")
 
         def loss(texts: Tensor) -> Tensor:
-            with _half(backbone):
-                found = model(*_padded([encodings[i] for i in texts.tolist()], device))
-            return loss_of(_kind(study), found.float(), targets[texts].to(device))
+            found = model(*_padded([encodings[i] for i in texts.tolist()], device))
+            return loss_of(_kind(study), found, targets[texts].to(device))
 
         lengths = torch.tensor([len(encoding) for encoding in encodings])
         return _Member(lengths, loss, lambda: _dev(study, logits(name, "dev"), dev_targets))
@@ -186,11 +186,6 @@ def finetune_together(
     figures, tokens = _alternate(modules, {name: member(name) for name in studies}, groups, pace, report)
     num_parameters = sum(weight.numel() for weight in weights)
     return network, Together(logits, figures, num_parameters, time.perf_counter() - began, tokens)
-
-
-def _half(backbone: Backbone) -> torch.autocast:
-    """Products in half precision where the frozen backbone's are. For one pass: within, weights are cast only once."""
-    return torch.autocast(backbone.device.type, torch.bfloat16, enabled=backbone.dtype is torch.bfloat16)
 
 
 def _padded(encodings: Sequence[Encoding], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +205,7 @@ def _alternate(
 ) -> tuple[dict[str, float], int]:
     """Train; leave the parameters of the epoch with the best mean dev measure. Its measures, and tokens trained on."""
     generator = torch.Generator().manual_seed(pace.seed)
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     each = [math.ceil(len(member.lengths) / pace.batch_size) for member in members.values()]
     steps, rising = pace.epochs * sum(each), max(1, int(pace.epochs * sum(each) * pace.warmup))
     schedule = torch.optim.lr_scheduler.LambdaLR(

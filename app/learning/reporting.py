@@ -45,14 +45,17 @@ class Story:
     size_bytes: int
 
 
-def baselines(study: Study, recipe: Recipe, full_finetune: bool) -> dict[str, Baseline]:
-    """What a user has without a prefix or a readout: figures on dev and test, by name. As many epochs as `recipe`."""
+def baselines(study: Study, recipe: Recipe, finetuning: FinetuneSettings | None) -> dict[str, Baseline]:
+    """What a user has without a prefix or a readout: figures on dev and test, by name. As many epochs as `recipe`.
+
+    `finetuning`: how the ceiling is trained; None: it is left out.
+    """
     tables = study.tables
     study.watcher.stage("baselines", 0)
     found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
     found[LINEAR] = _linear(study, recipe)
-    if full_finetune:
-        found[CEILING] = _full(study)
+    if finetuning is not None:
+        found[CEILING] = _full(study, finetuning)
     return found
 
 
@@ -80,10 +83,9 @@ def _linear(study: Study, recipe: Recipe) -> Baseline:
     return _measured(study, logits, sum(fitted.seconds for fitted in fits))
 
 
-def _full(study: Study) -> Baseline:
+def _full(study: Study, settings: FinetuneSettings) -> Baseline:
     texts = {name: Texts(*study.texts(name)) for name in study.tables.named}
     kind, labels, device = study.tables.problem_type, study.tables.labels, study.backbone.device
-    settings = FinetuneSettings()
     study.watcher.stage(CEILING, settings.epochs)
     tuned = finetune(
         study.backbone.path,
@@ -93,6 +95,7 @@ def _full(study: Study) -> Baseline:
         settings,
         device,
         lambda *_: study.watcher.advance(1),
+        study.backbone.dtype,
     )
     logits = {name: whole_logits(tuned.model, texts[name], device)[:2] for name in texts if name != "train"}
     return _measured(study, logits, tuned.seconds)
