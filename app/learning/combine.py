@@ -24,6 +24,7 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
 from app.learning import evaluation, writer
 from app.learning.data import Example, Table
+from app.learning.evaluation import Scored
 from app.learning.learn import Files, Options, learn
 from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
@@ -309,13 +310,18 @@ def figures(
     artifact: Artifact, tables: Tables, exact: Backbone, thresholds: Sequence[float] | None = None
 ) -> dict[str, dict[str, float]]:
     """What the engine measures on dev, and on test where there is one. `thresholds`: None: tuned on dev."""
-    tokenizer, labels = TextTokenizer(exact.path), artifact.manifest["labels"]
+    scored, labels = scores(artifact, tables, exact), artifact.manifest["labels"]
+    if thresholds is None:
+        thresholds = evaluation.tuned_thresholds(scored["dev"], labels)
+    return {name: evaluation.figures(found, labels, thresholds) for name, found in scored.items()}
+
+
+def scores(artifact: Artifact, tables: Tables, exact: Backbone) -> dict[str, Scored]:
+    """By the engine, of dev, and of test where there is one."""
+    tokenizer = TextTokenizer(exact.path)
     with evaluation.running(exact) as engine:
-        scored = {
+        return {
             name: evaluation.score(engine, tokenizer, artifact, table)
             for name, table in tables.named.items()
             if name != "train"
         }
-    if thresholds is None:
-        thresholds = evaluation.tuned_thresholds(scored["dev"], labels)
-    return {name: evaluation.figures(found, labels, thresholds) for name, found in scored.items()}

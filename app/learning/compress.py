@@ -27,15 +27,14 @@ from app.engine.engine import Engine
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
-from app.learning import evaluation, writer
+from app.learning import evaluation, reporting, writer
 from app.learning.cache import CachePlan, build_cache
-from app.learning.combine import check_answers, figures, recipe_of, stored_prefixes
+from app.learning.combine import check_answers, figures, recipe_of, scores, stored_prefixes
 from app.learning.learn import Files, Options, learn
 from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
 from app.learning.prepare import Frozen, encode, limit_tokens
 from app.learning.problems import MEASURES
-from app.learning.reporting import REPORT
 from app.learning.rows import LayerPrefix
 from app.learning.study import Tables, Watcher
 
@@ -61,11 +60,13 @@ def compress(
     tolerance: float = 0.005,
     tokens: int | None = None,
     report: Callable[[Step], None] = lambda _: None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Write the smallest version of the artifact `source` whose dev score is within `tolerance` of its own.
 
     `backbones`: one to train on, one in float32 to measure with. `tokens`: try this size alone. `report` is told of
-    the artifact as it is, and of each size tried. Returns the manifest; raises SettingsError where none is good enough.
+    the artifact as it is, and of each size tried; `command`, as it was typed, is for the page that is written beside
+    the artifact. Returns the manifest; raises SettingsError where none is good enough.
     """
     writer.check_out(out.absolute())
     artifact = _read(source, backbones[1].spec)
@@ -95,7 +96,7 @@ def compress(
         }
         with writer.new_folder(out) as draft:
             shutil.copytree(folder, draft, dirs_exist_ok=True)
-            return work.complete(draft, before, story)
+            return work.complete(draft, before, story, command)
 
 
 def _read(path: Path, spec: BackboneSpec) -> Artifact:
@@ -174,18 +175,22 @@ class _Work:
             yield self._step(self._keep_head(kept, prefix), "as it was", kept)
             yield self._step(self._fit_head(fitted, kept), "fitted again", fitted)
 
-    def complete(self, folder: Path, before: dict[str, dict[str, float]], story: dict[str, Any]) -> dict[str, Any]:
-        """Measure test too, and say in the manifest what was lost."""
+    def complete(
+        self, folder: Path, before: dict[str, dict[str, float]], story: dict[str, Any], command: str
+    ) -> dict[str, Any]:
+        """Measure test too, and say in the manifest and on the page what was lost."""
         exact = self.backbones[1]
         written = read_artifact(folder, exact.spec)
-        manifest = dict(written.manifest)
-        after = figures(written, self.tables, exact, manifest.get("thresholds") or [])
+        manifest, scored = dict(written.manifest), scores(written, self.tables, exact)
+        labels, thresholds = manifest["labels"], manifest.get("thresholds") or []
+        after = {name: evaluation.figures(found, labels, thresholds) for name, found in scored.items()}
         manifest["evaluation"] = after | {"measure": self.measure}
+        manifest["details"] = {name: evaluation.details(found, labels, thresholds) for name, found in scored.items()}
         manifest["data"] = manifest["data"] | _data(self.tables)
         manifest["compressed"] = story | {"before": before}
         manifest["prefixes"] = [{name: value for name, value in manifest["prefixes"][0].items() if name != "task"}]
         writer.write_manifest(folder, manifest)
-        (folder / REPORT).unlink(missing_ok=True)  # it tells of one fit and knows nothing of the curve
+        reporting.write_compressed(folder, manifest, scored, command)
         read_artifact(folder, exact.spec)
         return manifest
 

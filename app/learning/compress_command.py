@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from app.engine.artifact import TENSORS
 from app.learning.compress import Step, compress
 from app.learning.learn import Files
 from app.learning.problems import MEASURES
+from app.learning.reporting import REPORT
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
 
 _DESCRIPTION = """Write a smaller version of an artifact: fewer virtual tokens, in half precision.
@@ -51,12 +54,18 @@ def _compress(args: argparse.Namespace) -> int:
     try:
         with Screen(console) as screen:
             tolerance = args.tolerance / 100
-            manifest = compress(args.artifact, files, args.out, pair, screen, tolerance, args.tokens, steps.append)
+            manifest = compress(
+                args.artifact, files, args.out, pair, screen, tolerance, args.tokens, steps.append, _typed()
+            )
     finally:
         if len(steps) > 1:
             console.print(_curve(steps))
     _show(manifest, args.out, console)
     return 0
+
+
+def _typed() -> str:
+    return shlex.join(["manifold", "compress", *sys.argv[2:]])
 
 
 def _curve(steps: list[Step]) -> Grid:
@@ -78,3 +87,4 @@ def _show(manifest: dict[str, Any], out: Path, console: Console) -> None:
     sizes = f"{story['curve'][0]['size_bytes']:,} → {(out / TENSORS).stat().st_size:,} bytes"
     tokens = f"{story['curve'][0]['num_virtual_tokens']} → {manifest['prefixes'][0]['num_virtual_tokens']}"
     console.print(f"{manifest['task']}: {out}: {tokens} virtual tokens, {sizes}, {measure} {found}", soft_wrap=True)
+    console.print(f"report: {out / REPORT}", soft_wrap=True)

@@ -62,13 +62,14 @@ class _Axis:
         return [(n * step, f"{n * step:.{digits}f}") for n in range(first, last + 1)]
 
 
-def curve(marks: Sequence[Mark], tolerance: float | None, x_name: str, y_name: str) -> str:
-    """Dots of quality (up) against cost (right), the best quality at each cost, and the band that counts as equal."""
+def curve(marks: Sequence[Mark], tolerance: float | None, x_name: str, y_name: str, wanted: float | None = None) -> str:
+    """Dots of quality (up) against cost (right), the best quality at each cost, and the band that counts as equal to
+    what is `wanted` (None: the best)."""
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     if not marks:
         return ""
     width, height = 460.0, 300.0
-    best = max(mark.y for mark in marks)
+    best = max(mark.y for mark in marks) if wanted is None else wanted
     floor = best if tolerance is None else best - tolerance
     low_x, high_x = _widened([mark.x for mark in marks], 0.5)
     low_y, high_y = _widened([floor, *(mark.y for mark in marks)], 0.01)

@@ -166,9 +166,9 @@ def _choose(recipe: Recipe, study: Study, options: Options) -> Learned:
         return _finish(part, found.fitted, replace(found, was_interrupted=True))
 
 
-def with_enough_steps(recipe: Recipe, rows: int) -> Recipe:
-    """Few rows are gone through more often."""
-    epochs = -(-_LEAST_STEPS // -(-rows // recipe.batch_size))
+def with_enough_steps(recipe: Recipe, rows: int, steps: int | None = None) -> Recipe:
+    """Few rows are gone through more often, for so many `steps` at least (None: _LEAST_STEPS)."""
+    epochs = -(-(_LEAST_STEPS if steps is None else steps) // -(-rows // recipe.batch_size))
     if epochs <= recipe.epochs:
         return recipe
     return replace(recipe, epochs=epochs, patience=recipe.patience * -(-epochs // recipe.epochs))

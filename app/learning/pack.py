@@ -24,14 +24,18 @@ from app.learning.evaluation import Scored
 from app.learning.learn import with_enough_steps
 from app.learning.problems import MEASURES
 from app.learning.recipe import Recipe
-from app.learning.search import NUM_VIRTUAL_TOKENS, Arrangement, candidates, passes_of
+from app.learning.search import NUM_VIRTUAL_TOKENS, passes_of
 from app.learning.splits import findings, sampled_rows, subsample
 from app.learning.study import Files, Fitted, Quiet, Study, Tables, Watcher
 
 NEAR = 1e-9  # of passes and scores: less is rounding
 _SEARCH_ROWS = 3000  # more are not needed to tell arrangements apart
 _SEARCH_DEV_ROWS = 1500
-_SHARED_FITS, _MIN_SHARED_FITS = 3, 6  # for each task, and at least
+_SHARED_TRIALS, _MIN_SHARED_TRIALS = 3, 6  # for each task, and at least
+_READOUT_STEPS = 900  # over fixed states a step costs next to nothing, and with a third of them emotion lost 8 points
+_LINEAR_RATE = 10.0  # times a readout's: a single layer learns best so
+_NEAR_ATTENTION = 0.03  # a linear head that is no more than this behind is tried wherever an attention readout is
+_TRUNK_FITS, _MOST_READOUTS = 4, 2
 _FREE = 1e-3  # passes that a move is taken to cost at least
 _ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for every text
 
@@ -93,14 +97,20 @@ class Task:
     tables: Tables
     part: Tables  # the rows that the search uses
     live: Live | None
-    recipe: Recipe  # on the bare trunk, completed by the search
+    bare: Recipe  # as its member says, with steps enough for a prefix
+    readouts: list[Recipe] = field(default_factory=list)  # by the search, from the trunk: for all other rows
     sources: list[Source] = field(default_factory=list)
     own: dict[Source, Recipe] = field(default_factory=dict)  # how each of its own prefixes is trained
     scores: dict[PrefixTuple, float] = field(default_factory=dict)  # dev score by what is read
+    recipes: dict[PrefixTuple, Recipe] = field(default_factory=dict)  # what had that score, where it was fitted here
 
     @property
     def name(self) -> str:
         return self.member.recipe.task
+
+    @property
+    def readout(self) -> Recipe:
+        return self.readouts[0]
 
     @property
     def input_kind(self) -> InputKind:
@@ -124,8 +134,17 @@ class Task:
         lost = self.scores[self.best] - tolerance - self.scores[read]
         return lost if lost > NEAR else 0.0
 
-    def note(self, read: PrefixTuple, dev: float) -> None:
-        self.scores[read] = max(dev, self.scores.get(read, dev))
+    def note(self, read: PrefixTuple, dev: float, recipe: Recipe | None = None) -> None:
+        """`recipe`: how it was fitted; None: it is live as it is."""
+        if read in self.scores and dev <= self.scores[read]:
+            return
+        self.scores[read] = dev
+        if recipe is not None:
+            self.recipes[read] = recipe
+
+    def recipe_for(self, read: PrefixTuple) -> Recipe:
+        """The best found; where only what is live was measured, the first readout."""
+        return self.recipes.get(read, self.readout)
 
     def version(self, read: PrefixTuple) -> TaskVersion:
         """As a plan needs it."""
@@ -136,7 +155,7 @@ class Task:
             digest=self.name,
             problem_type=tables.problem_type,
             labels=tables.labels,
-            readout=self.recipe.reads,
+            readout=self.recipe_for(read).reads,
             input_kind=self.input_kind,
             prefixes=prefixes_of(read),
         )
@@ -239,7 +258,7 @@ def _measure_live(task: Task, path: Path, artifact: Artifact, engine: Engine, to
 
 def _part(scored: Scored, task: Task) -> Scored:
     """Of the dev rows that the search uses."""
-    rows = sampled_rows(scored.table, _SEARCH_DEV_ROWS, task.recipe.seed)
+    rows = sampled_rows(scored.table, _SEARCH_DEV_ROWS, task.bare.seed)
     outputs = tuple(scored.outputs[row] for row in rows)
     return Scored(task.part.dev, outputs, tuple(scored.encodings[row] for row in rows))
 
@@ -266,14 +285,15 @@ class Search:
     limits: Limits
     folder: Path  # for prefixes
     fits: int = 0
-    fits_left: int = 0  # of tasks on tuples of others' prefixes
+    trials_left: int = 0  # of tasks on tuples of others' prefixes
 
     def run(self) -> list[tuple[str, State]]:
         """Every state that the search went through, with what led to it."""
         first_layers = self._first_layers()
-        self.fits_left = max(_SHARED_FITS * len(self.tasks), _MIN_SHARED_FITS)
-        alone = sum(2 + len(first_layers) + task.live_is_ahead for task in self.tasks.values())
-        self.watcher.stage("fits at most", alone + self.fits_left)
+        self.trials_left = max(_SHARED_TRIALS * len(self.tasks), _MIN_SHARED_TRIALS)
+        trials = self.trials_left + sum(len(first_layers) + task.live_is_ahead for task in self.tasks.values())
+        alone = (_TRUNK_FITS + len(first_layers)) * len(self.tasks)
+        self.watcher.stage("fits at most", alone + _MOST_READOUTS * trials)
         for task in self.tasks.values():
             self._measure_alone(task, first_layers)
         states = [("all on the bare trunk", dict.fromkeys(self.tasks, TRUNK))]
@@ -316,32 +336,53 @@ class Search:
     def _measure_alone(self, task: Task, first_layers: Sequence[int]) -> None:
         """On the bare trunk, with a prefix of its own, and beside what it reads now."""
         study = self._study(task)
-        bare = candidates(task.recipe, study, (Arrangement.TRUNK,), ())
-        recipes: dict[Recipe, str] = {}  # few layers make both the same
-        for candidate in bare:
-            if candidate.recipe.readout is not ReadoutKind.MEAN:
-                recipes.setdefault(candidate.recipe, candidate.name)
-        study.prepare(recipes)
-        fits = [self._fit(task, study, recipe, name) for recipe, name in recipes.items()]
-        fitted = max(fits, key=lambda fitted: fitted.best.dev)
-        task.recipe = fitted.recipe
-        task.note(TRUNK, fitted.best.dev)
-        count = _num_virtual_tokens(task.member)
+        self._measure_trunk(task, study)
         for first_layer in first_layers:
-            if first_layer < task.recipe.read_layers[-1]:
-                own = replace(task.recipe, num_virtual_tokens=count, first_layer=first_layer)
-                self._measure_own(task, study, study.completed(own))
+            if first_layer < task.readout.read_layers[-1]:
+                self._measure_own(task, study, first_layer)
         if task.live is not None:
             self._compare_live(task, task.live, study)
 
-    def _measure_own(self, task: Task, study: Study, recipe: Recipe) -> None:
-        fitted = self._fit(task, study, recipe, f"own prefix from layer {recipe.first_layer}")
-        path = self.folder / f"{task.name}-{recipe.first_layer}"
+    def _measure_trunk(self, task: Task, study: Study) -> None:
+        """Readouts at two pairs of rates, then of all layers; and a linear head, which can be best where rows are few
+        for each label."""
+        base = with_enough_steps(task.bare, len(task.part.train.examples), _READOUT_STEPS)
+        slow = study.completed(base)
+        fast = replace(slow, learning_rate=3 * slow.learning_rate, query_learning_rate=slow.query_learning_rate / 3)
+        layers = tuple(range(1, self.backbone.spec.num_layers + 1))
+        study.prepare([replace(slow, read_layers=layers)])
+        fits = [self._fit_trunk(task, study, slow, ""), self._fit_trunk(task, study, fast, ", other rates")]
+        better = max(fits, key=_dev).recipe
+        wide = replace(better, read_layers=layers)
+        if wide != better:
+            fits.append(self._fit_trunk(task, study, wide, " of all layers"))
+        best = max(fits, key=_dev)
+        task.readouts = [best.recipe]
+        if slow.readout is ReadoutKind.ATTENTION:
+            rate = _LINEAR_RATE * base.learning_rate
+            linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
+            plain = self._fit_trunk(task, study, study.completed(linear), ", linear")
+            if _dev(plain) >= _dev(best) - _NEAR_ATTENTION:
+                task.readouts.append(plain.recipe)
+
+    def _fit_trunk(self, task: Task, study: Study, recipe: Recipe, told: str) -> Fitted:
+        fitted = self._fit(task, study, recipe, f"bare trunk, {recipe.readout}{told}")
+        task.note(TRUNK, fitted.best.dev, recipe)
+        return fitted
+
+    def _measure_own(self, task: Task, study: Study, first_layer: int) -> None:
+        """A prefix is trained for as long as its member says, and readouts then fitted on it for longer."""
+        count, bare = _num_virtual_tokens(task.member), task.bare
+        schedule = replace(task.readout, epochs=bare.epochs, patience=bare.patience)
+        recipe = study.completed(replace(schedule, num_virtual_tokens=count, first_layer=first_layer))
+        fitted = self._fit(task, study, recipe, f"own prefix from layer {first_layer}")
+        path = self.folder / f"{task.name}-{first_layer}"
         prefixes = _write_prefix(path, fitted, self.backbone.spec)
         source = Source(task.name, path, prefixes, is_live=False)
         task.sources.append(source)
         task.own[source] = recipe
-        task.note((source,), fitted.best.dev)
+        task.note((source,), fitted.best.dev, recipe)
+        self._fit_readouts(task, (source,), study)
 
     def _compare_live(self, task: Task, live: Live, study: Study) -> None:
         """Where it learned from more rows, its prefixes get a new readout from the search's."""
@@ -353,7 +394,7 @@ class Search:
         if not task.live_is_ahead:
             task.note(read, live.dev)
         elif read:
-            self._measure(task, read, study)
+            self._fit_readouts(task, read, study)
 
     # -- moves
 
@@ -428,18 +469,24 @@ class Search:
 
     # -- fits
 
-    def _measure(self, task: Task, read: PrefixTuple, study: Study | None = None) -> bool:
+    def _measure(self, task: Task, read: PrefixTuple) -> bool:
         """Whether the task's score on this tuple is known, now if not before."""
         if read in task.scores:
             return True
-        if study is None:
-            if not self.fits_left:
-                return False
-            self.fits_left -= 1
-            study = self._study(task)
-        recipe = replace(task.recipe, prefixes=tuple(source.path for source in read))
-        task.note(read, self._fit(task, study, study.completed(recipe), named(read)).best.dev)
+        if not self.trials_left:
+            return False
+        self.trials_left -= 1
+        self._fit_readouts(task, read, self._study(task))
         return True
+
+    def _fit_readouts(self, task: Task, read: PrefixTuple, study: Study) -> None:
+        paths = tuple(source.path for source in read)
+        recipes = [study.completed(replace(readout, prefixes=paths)) for readout in task.readouts]
+        study.prepare(recipes)
+        for recipe in recipes:
+            name = named(read) if recipe.readout is task.readout.readout else f"{named(read)}, {recipe.readout}"
+            task.note(read, self._fit(task, study, recipe, name).best.dev, recipe)
+        study.forget(recipes[0])
 
     def _fit(self, task: Task, study: Study, recipe: Recipe, name: str) -> Fitted:
         fitted = study.fit(recipe, lambda *_: None)
@@ -453,6 +500,10 @@ class Search:
     def _study(self, task: Task) -> Study:
         """A new one each time: the states of all tasks would not fit into memory."""
         return Study(task.part, self.backbone, TextTokenizer(self.backbone.path), Quiet())
+
+
+def _dev(fitted: Fitted) -> float:
+    return fitted.best.dev
 
 
 def _new_tuples(lacking: Sequence[Task], first_layers: Sequence[int]) -> Iterator[PrefixTuple]:

@@ -110,12 +110,13 @@ class _Release:
         if task.live is not None and self._stays(name, read):
             return Outcome(task.live.version, task.live.figures, is_new=False)
         target = self.folder / name
-        if len(read) == 1 and read[0] in task.own:
+        recipe = task.recipe_for(read)
+        if recipe.num_virtual_tokens:  # its own prefix, with the readout that it was trained under
             shutil.copytree(learned[read[0]], target)
             self.search.watcher.advance(1)
         else:
             paths = tuple(learned.get(source, source.path) for source in read)
-            self._learn(task, replace(task.recipe, prefixes=paths), target)
+            self._learn(task, replace(recipe, prefixes=paths), target)
         artifact = read_artifact(target, self.search.backbone.spec)
         measured = artifact.manifest["evaluation"]
         figures = {split: measured[split].get(task.measure, 0.0) for split in ("dev", "test") if split in measured}

@@ -56,6 +56,8 @@ def render(report: Mapping[str, Any]) -> str:
         candidates=report.get("candidates") or [],
         curve=_curve(report, own),
         band=_band(report.get("tolerance")),
+        sizes=report.get("sizes") or [],
+        sizes_curve=_sizes_curve(report, own),
         baselines=_baselines(own),
         figures=report.get("figures") or {},
         figure_names=_columns(report.get("figures") or {}),
@@ -221,7 +223,7 @@ def _is_linear(report: Mapping[str, Any]) -> bool:
 
 
 def _lead(report: Mapping[str, Any], own: _Quality) -> str:
-    return " ".join(filter(None, [_what(report), _choice(report, own), *_how_good(own)]))
+    return " ".join(filter(None, [_what(report), _choice(report, own), _compression(report, own), *_how_good(own)]))
 
 
 def _what(report: Mapping[str, Any]) -> str:
@@ -258,6 +260,21 @@ def _choice(report: Mapping[str, Any], own: _Quality) -> str:
         return f"{taken}: the best on dev, and none as good is cheaper ({reached})."
     within = _band(tolerance)
     return f"{taken}: the cheapest within {within} of the best ({reached}; the best has {_number(best)})."
+
+
+def _compression(report: Mapping[str, Any], own: _Quality) -> str:
+    """What was made smaller, and what that lost; the first of the sizes is the artifact as it was."""
+    sizes = report.get("sizes") or []
+    chosen = next((size for size in sizes if size.get("chosen")), None)
+    if chosen is None:
+        return ""
+    before, after = (
+        f"{_counted(size['num_virtual_tokens'], 'virtual token')}, {_size(size['size_bytes'])}"
+        for size in (sizes[0], chosen)
+    )
+    lost = _points(round(chosen["dev"], 3) - round(sizes[0]["dev"], 3))
+    reached = f"dev {own.measure} {_number(chosen['dev'])}, against {_number(sizes[0]['dev'])} before: {lost}"
+    return f"Its prefix was compressed, {before} to {after}, with the head {chosen['head']} ({reached})."
 
 
 def _arrangement(recipe: Mapping[str, Any]) -> str:
@@ -380,6 +397,17 @@ def _curve(report: Mapping[str, Any], own: _Quality) -> str:
     return drawing.curve(marks, report.get("tolerance"), "passes", f"dev {own.measure}") if len(marks) > 1 else ""
 
 
+def _sizes_curve(report: Mapping[str, Any], own: _Quality) -> str:
+    sizes = report.get("sizes") or []
+    marks = [
+        drawing.Mark(number, float(size["num_virtual_tokens"]), float(size["dev"]), bool(size.get("chosen")))
+        for number, size in enumerate(sizes, 1)
+    ]
+    if not marks:
+        return ""
+    return drawing.curve(marks, report.get("tolerance"), "virtual tokens", f"dev {own.measure}", marks[0].y)
+
+
 def _reliability(bins: Sequence[Mapping[str, Any]]) -> str:
     return drawing.reliability([drawing.Bubble(b["confidence"], b["accuracy"], b["count"]) for b in bins if b["count"]])
 
@@ -436,6 +464,7 @@ def _template() -> Environment:
         "words": _words,
         "heading": _title,
         "duration": _duration,
+        "size": _size,
     }
     return pages
 

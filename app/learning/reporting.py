@@ -64,6 +64,35 @@ def write(folder: Path, manifest: Mapping[str, Any], story: Story) -> None:
     (folder / REPORT).write_text(text, encoding="utf-8", errors="replace")
 
 
+def write_compressed(folder: Path, manifest: Mapping[str, Any], scored: Mapping[str, Scored], command: str) -> None:
+    """The page of an artifact whose manifest says under `compressed` what it was made from and what was tried."""
+    story, measured = manifest["compressed"], _measured_sets(manifest)
+    report = {
+        "task": manifest["task"],
+        "problem_type": str(manifest["problem_type"]),
+        "labels": manifest["labels"],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cost": manifest.get("cost", {})
+        | {"size_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.name != REPORT)},
+        "figures": measured | {f"{name}, as it was": figures for name, figures in story["before"].items()},
+        "measure": manifest["evaluation"]["measure"],
+        "sizes": [size | {"chosen": size == _chosen_size(manifest)} for size in story["curve"]],
+        "tolerance": story["tolerance"],
+        "data": manifest["data"],
+        "backbone": manifest["backbone"],
+        "command": command,
+    }
+    page = render(report | _answers(manifest, scored))
+    (folder / REPORT).write_text(page, encoding="utf-8", errors="replace")
+
+
+def _chosen_size(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of the curve, which begins with the artifact as it was."""
+    story, count = manifest["compressed"], manifest["prefixes"][0]["num_virtual_tokens"]
+    tried = (size for size in story["curve"][1:] if size["num_virtual_tokens"] == count)
+    return next((size for size in tried if size["head"] == story["head"]), None)
+
+
 def linear_recipes(study: Study, recipe: Recipe) -> list[Recipe]:
     """A linear head on the bare trunk at two learning rates, for as many epochs as `recipe` has."""
     is_token = study.tables.problem_type is ProblemType.TOKEN
@@ -128,29 +157,38 @@ def _scores(study: Study, name: str, logits: Tensor) -> Any:
 
 
 def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
-    split = "test" if "test" in story.scored else "dev"
-    scored, labels, thresholds = story.scored[split], manifest["labels"], manifest["thresholds"]
-    spread = {name: figures for name, figures in manifest["evaluation"].items() if isinstance(figures, dict)}
     recipe = story.fitted.recipe
     return {
         "task": manifest["task"],
         "problem_type": str(manifest["problem_type"]),
-        "labels": labels,
+        "labels": manifest["labels"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.settings() | {"prefixes": [path.name for path in recipe.prefixes]},
         "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": _seconds(story)},
-        "figures": spread,
+        "figures": _measured_sets(manifest),
         "measure": manifest["evaluation"]["measure"],
         "candidates": [] if story.found is None else [_point(point) for point in story.found.points],
         "tolerance": story.tolerance,
         "baselines": manifest["baselines"],
-        "details": {"split": split} | evaluation.details(scored, labels, thresholds),
-        "mistakes": _mistakes(scored, labels, thresholds),
         "epochs": [{"number": e.number, "loss": e.loss, "dev": e.dev} for e in story.fitted.epochs],
         "findings": list(story.findings),
         "data": manifest["data"],
         "backbone": manifest["backbone"],
         "command": story.command,
+    } | _answers(manifest, story.scored)
+
+
+def _measured_sets(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Table → figures."""
+    return {name: figures for name, figures in manifest["evaluation"].items() if isinstance(figures, dict)}
+
+
+def _answers(manifest: Mapping[str, Any], scored: Mapping[str, Scored]) -> dict[str, Any]:
+    """What it answered on test or, where there is none, on dev."""
+    split, labels, thresholds = "test" if "test" in scored else "dev", manifest["labels"], manifest["thresholds"]
+    return {
+        "details": {"split": split} | evaluation.details(scored[split], labels, thresholds),
+        "mistakes": _mistakes(scored[split], labels, thresholds),
     }
 
 

@@ -30,6 +30,7 @@ from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix
 from app.learning.trainer import Epoch
 from tests.learning import samples
+from tests.learning.test_report import Page
 
 TENSORS = "adapter_model.safetensors"
 
@@ -91,6 +92,20 @@ def compressed(root: Path, name: str, out: Path, backbone: Backbone, **changes: 
     return compress(root / name, files_in(root), out, (backbone, backbone), Silent(), **changes)
 
 
+def check_page(html: str, manifest: dict[str, Any], steps: Sequence[Step]) -> None:
+    """Every size that was tried, which was chosen, and what it loses."""
+    page, before = Page(html), steps[0]
+    count, head = manifest["prefixes"][0]["num_virtual_tokens"], manifest["compressed"]["head"]
+    chosen = next(s for s in steps[1:] if (s.num_virtual_tokens, s.head) == (count, head))
+    assert {"Quality against size", "What is taken for what", "How it was made"} <= set(page.headings)
+    for step in steps:
+        assert f"{step.num_virtual_tokens} {step.dev:.3f} " in page.text
+    assert [attributes.get("class") for tag, attributes in page.tags if tag == "tr"].count("own") == 1
+    assert f"Its prefix was compressed, 8 virtual tokens, {before.size_bytes / 1e3:.0f} kB to " in page.text
+    assert f"with the head {head} (dev accuracy {chosen.dev:.3f}, against {before.dev:.3f} before: " in page.text
+    assert f"accuracy is {manifest['evaluation']['test']['accuracy']:.3f}." in page.text
+
+
 # -- what it writes ----------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +122,7 @@ def test_fewer_tokens_hold_the_score_and_serve_with_the_scores_stated(
     (prefix,) = manifest["prefixes"]
     assert prefix["num_virtual_tokens"] < 8 and "task" not in prefix
     assert manifest["position_offset"] == (prefix["num_virtual_tokens"] if name == "full" else 0)
+    check_page((tmp_path / "out" / "report.html").read_text(), manifest, steps)
     tried = [6, 6, 4, 4, 3, 3, 2, 2, 1, 1] if tokens is None else [tokens, tokens]
     assert [step.num_virtual_tokens for step in steps] == [8, *tried]
     artifact, tokenizer = read_artifact(tmp_path / "out", backbone.spec), TextTokenizer(backbone.path)
