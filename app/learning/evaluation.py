@@ -68,13 +68,17 @@ def answers_to(
     """An output and an encoding for each text. Raises EngineError where one fails."""
     engine.load(artifact)
     limit = token_limit(engine.spec, [artifact.version(0)])
-    outputs: list[TaskOutput] = []
+    encodings = tokenizer.encode(texts, [limit] * len(texts), truncate=True)
+    order = sorted(range(len(texts)), key=lambda row: len(encodings[row]))  # little padding
+    found: dict[int, TaskOutput] = {}
     for start in range(0, len(texts), _CHUNK):
-        outputs += predict(engine, tokenizer, artifact, texts[start : start + _CHUNK])
+        rows = order[start : start + _CHUNK]
+        found |= zip(rows, predict(engine, tokenizer, artifact, [texts[row] for row in rows]), strict=True)
+    outputs = [found[row] for row in range(len(texts))]
     failed = next((output.error for output in outputs if output.error is not None), None)
     if failed is not None:
         raise EngineError(f"the trained task fails: {failed}")
-    return tuple(outputs), tuple(tokenizer.encode(texts, [limit] * len(texts), truncate=True))
+    return tuple(outputs), tuple(encodings)
 
 
 def figures(scored: Scored, labels: Sequence[str], thresholds: Sequence[float] = ()) -> dict[str, float]:

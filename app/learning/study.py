@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from app.domain import Encoding, ProblemType
+from app.domain import Encoding, ProblemType, ReadoutKind
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError
@@ -197,7 +197,7 @@ class Study:
         torch.manual_seed(recipe.seed)
         frozen = read_frozen(recipe, self.backbone.spec)
         plan = cache_plan(recipe, frozen)
-        splits = self.split(plan, "train"), self.split(plan, "dev")
+        splits = self._seen(recipe, plan, "train"), self._seen(recipe, plan, "dev")
         prefix = initial_prefix(recipe, self.backbone, splits[0].cache)
         model = TaskModel(recipe, self.backbone, self.tables.num_outputs, prefix).to(self.backbone.device)
         tell = self.watcher.epoch if report is None else report
@@ -208,9 +208,15 @@ class Study:
 
     def logits(self, fitted: Fitted, name: str) -> tuple[Tensor, Tensor]:
         """Logits and targets of one table's texts; of tokens, of the tagged ones."""
-        split = self.split(cache_plan(fitted.recipe, fitted.frozen), name)
+        split = self._seen(fitted.recipe, cache_plan(fitted.recipe, fitted.frozen), name)
         logits, targets, _ = predict_logits(fitted.model, split, self.tables.problem_type)
         return logits, targets
+
+    def _seen(self, recipe: Recipe, plan: CachePlan, name: str) -> Split:
+        """A split as the recipe's readout sees it: of frozen states, what is the same in every epoch is done once."""
+        split = self.split(plan, name)
+        is_fixed_mean = recipe.readout is ReadoutKind.MEAN and plan.fork_layer is None
+        return split.pooled() if is_fixed_mean else split
 
     def texts(self, name: str) -> tuple[list[Encoding], Tensor]:
         """Encodings and targets of one table as the bare trunk reads them."""

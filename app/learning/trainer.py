@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from app.domain import ProblemType
+from app.engine.heads import mean_tokens
 from app.errors import DataError
-from app.learning.cache import Gathered, StateCache
+from app.learning.cache import Gathered, StateCache, states_at
 from app.learning.model import TaskModel
 from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of
 from app.learning.recipe import Recipe
 
 _POOL = 64  # batches whose texts are sorted by length together: little padding, and still a new mix every epoch
 _MAX_GRADIENT_NORM = 1.0
+_POOLED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +31,22 @@ class Split:
 
     cache: StateCache
     targets: Tensor
+    order: Tensor | None = None  # lengths that batches go by [texts], where the cache has others
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cache.lengths if self.order is None else self.order
+
+    def pooled(self) -> Split:
+        """Each text as one token, the mean of its own: all that a mean readout sees, and so in the same batches."""
+        cache, count = self.cache, len(self.cache)
+        reads = {layer: torch.empty(count, flat.shape[1]) for layer, flat in cache.reads.items()}
+        for texts in _in_order(cache.lengths, _POOLED_ROWS, by_length=True):
+            batch = cache.gather(texts)
+            for layer, flat in cache.reads.items():
+                reads[layer][texts] = mean_tokens(states_at(flat, batch), batch.mask).squeeze(1)
+        single = StateCache(torch.arange(count), torch.ones_like(cache.lengths), reads, None)
+        return Split(single, self.targets, self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +126,7 @@ def _run_epoch(
     """The epoch's mean loss."""
     model.train()
     losses = []
-    for texts in shuffled(split.cache.lengths, model.recipe.batch_size, generator):
+    for texts in shuffled(split.lengths, model.recipe.batch_size, generator):
         batch = split.cache.gather(texts)
         chosen, targets = _select(split, batch, texts, problem_type)
         if targets.numel() == 0:
@@ -131,7 +149,7 @@ def predict_logits(model: TaskModel, split: Split, problem_type: ProblemType) ->
     model.eval()
     logits, targets, counts, order = [], [], [], []
     is_token = problem_type is ProblemType.TOKEN
-    for texts in _in_order(split.cache.lengths, 4 * model.recipe.batch_size, by_length=not is_token):
+    for texts in _in_order(split.lengths, 4 * model.recipe.batch_size, by_length=not is_token):
         batch = split.cache.gather(texts)
         chosen, wanted = _select(split, batch, texts, problem_type)
         logits.append(model(split.cache, batch, chosen).cpu())
