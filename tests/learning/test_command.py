@@ -51,3 +51,8 @@ def test_an_interrupt_writes_nothing(
     assert run(*arguments) == 130
     assert "nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_ceiling_needs_an_epoch(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments, "--full-finetune", "--finetune-epochs", "0") == 1
+    assert capsys.readouterr().err == "manifold learn: --finetune-epochs is out of range: give 1 or more\n"

@@ -248,6 +248,21 @@ def test_what_is_left_lacking_is_said(
     assert "mood is lacking: " in (tmp_path / "out" / "RELEASE.md").read_text()
 
 
+def test_a_linear_head_is_taken_where_an_attention_readout_learns_too_slowly(
+    packed: Packed, tmp_path: Path, backbone: Backbone
+) -> None:
+    watcher = Silent()
+    member = Member(recipe("plain", hidden=16, learning_rate=1e-2, patience=1), packed.files["plain"])
+    (tmp_path / "live").mkdir()
+    release = propose([member], tmp_path / "live", tmp_path / "out", (backbone, backbone), watcher, Limits(0.9))
+    artifact = read_artifact(tmp_path / "out" / "plain", backbone.spec)
+    assert "plain: bare trunk, mean, linear" in watcher.fits
+    assert artifact.manifest["readout"] == {"kind": "mean", "layers": [3]}
+    assert artifact.manifest["evaluation"]["dev"]["accuracy"] == release["tasks"]["plain"]["search"]["trunk"]
+    assert "plain: plain's from layer 2, mean" in watcher.fits  # as good on the trunk: tried on other rows too
+    assert release["tasks"]["plain"]["reads"] == "the bare trunk"
+
+
 def test_a_large_task_is_searched_on_a_part_and_learned_on_all(
     packed: Packed, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

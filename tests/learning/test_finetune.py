@@ -1,0 +1,49 @@
+"""The whole backbone fine-tuned: it learns in either precision, and its logits stand in the order of the texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.engine.backbone import Backbone
+from app.engine.tokenizer import TextTokenizer
+from app.learning.finetune import FinetuneSettings, Texts, WholeModel, finetune, whole_logits
+from app.learning.problems import IGNORED
+from app.learning.study import Study, Tables
+from tests.learning import samples
+from tests.learning.test_learn import Silent, files_of, tagged_files
+
+CPU = torch.device("cpu")
+
+
+def study_of(tmp_path: Path, backbone: Backbone, is_token: bool) -> Study:
+    files = tagged_files(tmp_path) if is_token else files_of(tmp_path, samples.single_rows)
+    return Study(Tables.read(files, None), backbone, TextTokenizer(backbone.path), Silent())
+
+
+@pytest.mark.parametrize("is_token", [False, True])
+def test_logits_stand_in_the_order_of_the_texts(tmp_path: Path, backbone: Backbone, is_token: bool) -> None:
+    study = study_of(tmp_path, backbone, is_token)
+    texts = Texts(*study.texts("train"))
+    assert len(set(texts.lengths.tolist())) > 1
+    torch.manual_seed(0)
+    model = WholeModel(backbone.path, study.tables.num_outputs, is_token)
+    together, targets, _ = whole_logits(model, texts, CPU)
+    each = torch.split(texts.targets, texts.lengths.tolist()) if is_token else torch.split(texts.targets, 1)
+    alone = [whole_logits(model, Texts([one], gold), CPU) for one, gold in zip(texts.encodings, each, strict=True)]
+    torch.testing.assert_close(together, torch.cat([logits for logits, _, _ in alone]), rtol=0, atol=1e-5)
+    assert torch.equal(targets, texts.targets[texts.targets != IGNORED] if is_token else texts.targets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_in_either_precision(tmp_path: Path, backbone: Backbone, dtype: torch.dtype) -> None:
+    study = study_of(tmp_path, backbone, is_token=False)
+    both = Texts(*study.texts("train")), Texts(*study.texts("dev"))
+    settings = FinetuneSettings(epochs=6, batch_size=16, learning_rate=3e-3, head_learning_rate=1e-2)
+    kind, labels = study.tables.problem_type, study.tables.labels
+    tuned = finetune(backbone.path, both, kind, labels, settings, CPU, dtype=dtype)
+    assert tuned.dev > 0.9
+    assert {parameter.dtype for parameter in tuned.model.parameters()} == {torch.float32}
+    assert whole_logits(tuned.model, both[1], CPU)[0].dtype is torch.float32
