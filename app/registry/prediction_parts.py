@@ -66,6 +66,21 @@ def _seconds(stamp: str) -> float:
     return datetime.strptime(stamp[:-4], "%Y%m%dT%H%M%S").replace(tzinfo=UTC).timestamp() + int(stamp[-4:-1]) / 1000
 
 
+def create_locked(path: Path, mode: int) -> int:
+    """The descriptor of a new file, to append to. Raises OSError, also where a place has no locks, and leaves no file.
+
+    Some network file systems have none, and a part that nobody can lock could be finished while it is written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, mode)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
 class OpenPart:
     """One file that is appended to. Not for two threads at once."""
 
@@ -74,8 +89,7 @@ class OpenPart:
         self.began_s, self.size_bytes = now_s, 0
         self._path = folder / str(PartName(now_s, None, server, uuid.uuid4().hex[:8], "jsonl"))
         folder.mkdir(parents=True, exist_ok=True)  # somebody may have cleared it away
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o640)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self._descriptor = create_locked(self._path, 0o640)
 
     def append(self, lines: bytes) -> None:
         """All of them, or none and OSError."""

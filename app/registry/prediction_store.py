@@ -28,7 +28,7 @@ from app.errors import SettingsError, UnavailableError
 from app.registry.durable import write_durably
 from app.registry.places import open_place, reaching, without_user
 from app.registry.prediction_lines import Row, find_lines
-from app.registry.prediction_parts import PartName, left_alone
+from app.registry.prediction_parts import PartName, create_locked, left_alone
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def _server_name(path: Path) -> str:
 def _check_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f".{secrets.token_hex(8)}.partial"
-    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    os.close(create_locked(probe, 0o600))
     probe.unlink()
 
 

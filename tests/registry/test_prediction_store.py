@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -389,6 +390,26 @@ def test_a_place_that_cannot_be_written_is_told_at_once(url: str, told: str, tmp
     with pytest.raises(SettingsError, match=told) as caught:
         open_store(url, tmp_path / "home")
     assert "secret" not in str(caught.value)
+
+
+def test_a_place_without_locks_is_told_at_once_and_nothing_is_left_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "log"), tmp_path / "home")
+    writer = writer_of(store)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    opened = len(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        with pytest.raises(OSError, match="No locks available"):
+            writer.append(to_line(row(number)))
+    assert list(store.folder.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == opened
+    with pytest.raises(SettingsError, match="cannot be written: No locks available; give the server a place"):
+        open_store(str(tmp_path / "log"), tmp_path / "home")
+    assert list(store.folder.iterdir()) == []
 
 
 def test_a_store_that_refuses_is_told_at_once(
