@@ -55,7 +55,8 @@ class PredictionLog:
         self._waiting_bytes, self._most_waiting_bytes = 0, most_waiting_bytes
         self._changed = threading.Condition()
         self._is_closing, self._closing = False, threading.Event()
-        self._fault, self._lost = "", 0  # why rows are dropped now, and how many were since it began
+        self._fault: tuple[type[Exception], int | None] | None = None  # why rows are dropped now
+        self._lost = 0  # since it began
         self._is_store_out = False
         self._appender = threading.Thread(target=self._append_all, name="prediction-log", daemon=True)
         self._keeper = threading.Thread(target=self._keep, name="prediction-store", daemon=True)
@@ -135,14 +136,18 @@ class PredictionLog:
         self._metrics.logged(rows)
         if self._fault:
             logger.info("the prediction log is written again; %d rows were dropped", self._lost)
-            self._fault, self._lost = "", 0
+            self._fault, self._lost = None, 0
 
     def _failed(self, error: Exception, rows: int) -> None:
         is_full = isinstance(error, OSError) and error.errno in _FULL
         self._metrics.log_dropped("full" if is_full else "error", rows)
         self._lost += rows
-        if self._fault != str(error):
-            self._fault = str(error)
+        fault = (
+            type(error),
+            error.errno if isinstance(error, OSError) else None,
+        )  # its text may name another file each time
+        if self._fault != fault:
+            self._fault = fault
             logger.error("the prediction log cannot be written in %s, rows are dropped: %s", self._store.folder, error)
 
     # -- on the thread that keeps --------------------------------------------------------------------------------------

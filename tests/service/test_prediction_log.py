@@ -247,6 +247,31 @@ async def test_a_full_disk_is_told_once_and_so_is_its_end(
 
 
 @pytest.mark.anyio
+async def test_a_folder_that_takes_no_file_is_told_once_although_each_has_another_name(
+    one: Served,
+    metrics: Counted,
+    open_log: Open,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    open_file = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if "_open_" in str(path):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, *arguments, **options)
+
+    log = open_log()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        for number in range(1, 4):
+            log.take_in([one])
+            wait_for(lambda number=number: metrics.dropped == {"error": 2 * number})
+    told = [record.getMessage() for record in caplog.records if "rows are dropped" in record.getMessage()]
+    assert len(told) == 1 and "Permission denied" in told[0]
+
+
+@pytest.mark.anyio
 async def test_a_request_that_cannot_be_written_costs_no_other(
     one: Served, store: PredictionStore, metrics: Counted, open_log: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
