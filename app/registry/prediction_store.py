@@ -64,7 +64,7 @@ class PredictionStore:
 
     def __init__(self, url: str, home: Path, kind: Literal["jsonl", "parquet"], limit_bytes: int) -> None:
         """`limit_bytes`: of this server's files. Raises SettingsError where the log cannot be written."""
-        self.url = without_user(url)
+        self.url, self._secret_url = without_user(url), url
         self._fs, self._root = open_place(url, "predictions")
         self._kind, self._limit_bytes = kind, limit_bytes
         self._is_local = isinstance(self._fs, LocalFileSystem)
@@ -271,12 +271,13 @@ class PredictionStore:
             self._fs.rm_file(path)
 
     def _reaching(self, done: str) -> AbstractContextManager[None]:
-        return reaching(f"the prediction log {self.url}", done)
+        return reaching(f"the prediction log {self.url}", done, self._secret_url)
 
     def _refused(self, cause: str) -> SettingsError:
+        told = without_user(cause, self._secret_url)
         return SettingsError(
-            f"the prediction log {self.url} cannot be written: {without_user(cause)}; give the server a place that it "
-            "may write, or leave prediction_log out"
+            f"the prediction log {self.url} cannot be written: {told}; give the server a place that it may write, or "
+            "leave prediction_log out"
         )
 
 

@@ -49,7 +49,7 @@ class ArtifactStore:
 
         Credentials and endpoints are what the protocol's own package reads from its surroundings.
         """
-        self.url = without_user(url)
+        self.url, self._secret_url = without_user(url), url
         self._fs, self._root = open_place(url, "artifacts")
         self._cache = cache
         self._cache_limit_bytes = cache_limit_bytes
@@ -183,7 +183,7 @@ class ArtifactStore:
         return ArtifactError(digest, [fault])
 
     def _reaching(self, done: str) -> AbstractContextManager[None]:
-        return reaching(f"the artifact store {self.url}", done)
+        return reaching(f"the artifact store {self.url}", done, self._secret_url)
 
     # -- the cache -----------------------------------------------------------------------------------------------------
 

@@ -416,9 +416,10 @@ def test_a_store_that_refuses_is_told_at_once(
     memory: MemoryFileSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("Forbidden")
+        raise PermissionError("Forbidden for user:secret")
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
-    with pytest.raises(SettingsError, match="memory://log cannot be written: Forbidden; give the server a place"):
-        open_store("memory://log", tmp_path / "home")
+    told = "memory://…@log cannot be written: Forbidden for …; give the server a place"
+    with pytest.raises(SettingsError, match=told):
+        open_store("memory://user:secret@log", tmp_path / "home")
     assert memory.find("/") == []
