@@ -36,6 +36,8 @@ _WAITING_BYTES = 1_000_000_000  # of parts that wait for a store that does not t
 _SEARCHED_BYTES = 4_000_000_000
 _SEARCH_S = 20.0  # no file is begun after it
 _SLACK_S = 120.0  # rows wait before they are written, and clocks differ
+_FAILURES = 3  # in one go: then it is the store
+_STUCK_S = 300.0
 _LOOKS = 3  # parts are finished while they are looked for
 
 
@@ -71,6 +73,8 @@ class PredictionStore:
         waiting = home / "prediction-log"
         self.folder = Path(self._root) if self._is_local else waiting  # where parts are written
         self._was_trimmed = False
+        self._failed_s: dict[tuple[str, str], float] = {}  # when a part could not be finished, by its key
+        self._stuck: set[tuple[str, str]] = set()  # parts that could not be finished where others could
         try:
             self.server = _server_name(waiting / "server")
             _check_folder(self.folder)
@@ -84,18 +88,39 @@ class PredictionStore:
     def tidy(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
         """Finishes parts that nobody writes any more, also those of a process that was killed; the oldest go.
 
-        Raises UnavailableError.
+        One part that cannot be finished holds up no other, and is told of once. Raises UnavailableError where none can.
         """
-        try:
-            with self._reaching("written"):
-                num_finished = sum([self._finish(file, is_hurried) for file in self._waiting()])
-        except UnavailableError:  # a full disk: what goes may make room
-            with contextlib.suppress(UnavailableError):
+        num_finished, failed = 0, list[tuple[_File, UnavailableError]]()
+        for file in self._due():
+            try:
+                with self._reaching("written"):
+                    num_finished += self._finish(file, is_hurried)
+            except UnavailableError as error:
+                self._failed_s[file.name.key] = time.monotonic()
+                failed.append((file, error))
+                if len(failed) == _FAILURES:
+                    break
+        told = [(file, error) for file, error in failed if file.name.key not in self._stuck]
+        if told and not num_finished:
+            with contextlib.suppress(UnavailableError):  # a full disk: what goes may make room
                 self._trim()
-            raise
+            raise told[0][1]
+        for file, error in told:
+            self._stuck.add(file.name.key)
+            logger.error("%s waits, and others of the prediction log do not: %s", file.path, error)
         if num_finished or not self._was_trimmed:
             self._trim()
             self._was_trimmed = True
+
+    def _due(self) -> list[_File]:
+        """Those that failed come last; one that fails where others do not is tried now and then."""
+        waiting = self._waiting()
+        keys = {file.name.key for file in waiting}
+        self._failed_s = {key: failed_s for key, failed_s in self._failed_s.items() if key in keys}
+        self._stuck &= keys
+        latest_s = time.monotonic() - _STUCK_S
+        due = [file for file in waiting if file.name.key not in self._stuck or self._failed_s[file.name.key] < latest_s]
+        return sorted(due, key=lambda file: self._failed_s.get(file.name.key, 0.0))
 
     def _waiting(self) -> list[_File]:
         """This server's parts that are not finished, oldest first."""

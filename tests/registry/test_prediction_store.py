@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -362,6 +363,42 @@ def test_a_store_that_does_not_answer_gets_everything_later(
     assert len(names("memory://log")) == 3
     assert ids(store, 0, 1, 2) == [0, 1, 2]
     assert {path.name for path in store.folder.iterdir()} == {"server"}
+
+
+@pytest.mark.parametrize("num_bad", [1, 4])
+def test_a_part_that_cannot_be_finished_holds_up_no_other_and_is_told_once(
+    num_bad: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, clock = open_store(str(tmp_path / "log"), tmp_path / "home"), Clock()
+    writer, rename = writer_of(store, clock=clock), Path.rename
+
+    def write(number: int) -> None:
+        clock.now_s += 1
+        writer.append(to_line(row(number)))
+        writer.end()
+
+    for number in range(num_bad):
+        write(number)
+    bad = {path.name for path in store.folder.iterdir()}
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name in bad:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        for number in range(10, 18):
+            write(number)
+            with contextlib.suppress(UnavailableError):
+                store.tidy()
+        assert {path.name for path in store.folder.glob("*_open_*")} == bad
+        told = [record.getMessage() for record in caplog.records]
+        assert sorted(name for line in told for name in bad if name in line) == sorted(bad)
+    monkeypatch.setattr(prediction_store, "_STUCK_S", -1.0)
+    for _ in range(2):
+        store.tidy()
+    assert list(store.folder.glob("*_open_*")) == []
 
 
 def test_what_waits_for_a_store_is_bounded_and_the_oldest_rows_are_counted(
