@@ -46,8 +46,8 @@ class SearchedView(View):
     files: int
     size_bytes: int
     oldest_s: float | None = Field(description="seconds since the epoch: when the oldest file searched began")
-    damaged: list[str] = Field(description="files that cannot be read")
-    stopped_s: float | None = Field(description="nothing older was searched: go on with it as `until`")
+    damaged: list[str] = Field(description="files that cannot be read: broken, or not for this server")
+    stopped_s: float | None = Field(description="not everything older was searched: go on with it as `until`")
 
 
 class ExplanationView(View):

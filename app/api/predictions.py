@@ -14,12 +14,12 @@ from app.rollout import Role
 
 router = APIRouter(prefix="/v1/predictions", tags=["control"], dependencies=[*keyed, requires(Role.AUDIT)])
 
-RequestId = Annotated[str, Path(max_length=128, description="of the prediction")]
+RequestId = Annotated[str, Path(min_length=1, max_length=128, description="of the prediction")]
 Since = Annotated[float | None, Query(ge=0, le=1e11, description="seconds since the epoch: not answered before")]
 Until = Annotated[float | None, Query(ge=0, le=1e11, description="seconds since the epoch: not answered after")]
 
 
-@router.get("/{request_id:path}", responses=guarded_responses(404, 422, 503))
+@router.get("/{request_id:path}", responses=guarded_responses(400, 404, 422, 503))
 async def explain(
     request_id: RequestId, runtime: CurrentRuntime, since: Since = None, until: Until = None
 ) -> ExplanationView:

@@ -47,9 +47,12 @@ def _from_iso(text: str) -> float:
 def _why(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.pair is not None and options.text is None:
         parser.error("--pair goes with --text")
+    if not options.request:
+        parser.error("REQUEST is empty: give the request_id of an answer")
     times = {"since": options.since, "until": options.until}
     parameters = {name: repr(seconds) for name, seconds in times.items() if seconds is not None}
-    path = f"/v1/predictions/{quote(options.request, safe='', errors='replace')}"
+    named = quote(options.request, safe="", errors="replace").replace(".", "%2E")  # ".." would lead out of the path
+    path = f"/v1/predictions/{named}"
     answer = Server.of(options).ask("GET", path, parameters=parameters)
     status = 0
     if options.text is not None:

@@ -110,7 +110,7 @@ def _converted(row: Row) -> Row:
 
 
 def find_in_parquet(file: BinaryIO, request_id: str) -> list[Row]:
-    """Reads one column, and the others only of groups that have the request. Raises ValueError where it is damaged."""
+    """Reads one column, the others only of groups that have the request. Raises what Arrow does where it is damaged."""
     found: list[Row] = []
     with pq.ParquetFile(file) as parquet:
         for number in range(parquet.num_row_groups):

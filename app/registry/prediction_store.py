@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +40,8 @@ _SEARCH_S = 20.0  # no file is begun after it
 _SLACK_S = 120.0  # rows wait before they are written, and clocks differ
 _FAILURES = 3  # in one go: then it is the store
 _STUCK_S = 300.0
+# Arrow's own are some of these.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
 _LOOKS = 3  # parts are finished while they are looked for
 
 
@@ -57,8 +61,8 @@ class Found:
     files: int = 0
     size_bytes: int = 0
     oldest_s: float | None = None  # when the oldest part that was searched began
-    damaged: list[str] = field(default_factory=list)  # files that cannot be read
-    stopped_s: float | None = None  # where the search was given up: what is older was not looked at
+    damaged: list[str] = field(default_factory=list)  # files that cannot be read: broken, or not for this server
+    stopped_s: float | None = None  # where the search was given up: not all that is older was searched
 
 
 class PredictionStore:
@@ -191,8 +195,8 @@ class PredictionStore:
     def find(self, request_id: str, since_s: float = 0.0, until_s: float = float("inf")) -> Found:
         """Rows of a request that was answered in this time, newest parts first. Bounded in bytes and in time.
 
-        Once some are found, only what is about as old is searched on: another server may have answered a retry.
-        Raises UnavailableError.
+        What is found ends no search: callers choose the ids, so an older answer may have the same. Raises
+        UnavailableError.
         """
         found, searched = Found(), set[tuple[str, str]]()
         deadline_s = time.monotonic() + _SEARCH_S
@@ -216,32 +220,32 @@ class PredictionStore:
     ) -> bool:
         """False where one of the files is not there any more: it was finished, or was the oldest."""
         is_complete = True
-        for file in sorted(files, key=lambda file: file.name.began_s, reverse=True):
-            if not _overlaps(file.name, since_s, until_s):
-                continue
+        wanted = [file for file in files if _overlaps(file.name, since_s, until_s)]
+        for file in sorted(wanted, key=lambda file: (_ended_s(file.name), file.name.began_s), reverse=True):
             is_much = found.size_bytes + file.size_bytes > _SEARCHED_BYTES or time.monotonic() > deadline_s
             if is_much and found.files:
-                found.stopped_s = file.name.ended_s or file.name.began_s
+                found.stopped_s = min(math.ceil(file.name.ended_s or time.time()), until_s)
                 break
             try:
                 rows = self._read(file, request_id)
             except FileNotFoundError:
                 is_complete = False
                 continue
-            except ValueError as error:
-                logger.warning("%s of the prediction log is damaged: %s", file.path, error)
+            except (ConnectionError, TimeoutError):  # of the place, not of this file
+                raise
+            except _UNREADABLE as error:
+                told = without_user(str(error), self._secret_url)
+                logger.warning("%s of the prediction log cannot be read: %s", file.name, told)
                 found.damaged.append(str(file.name))
                 rows = []
             searched.add(file.name.key)
             found.files, found.size_bytes = found.files + 1, found.size_bytes + file.size_bytes
             found.oldest_s = min(found.oldest_s or file.name.began_s, file.name.began_s)
-            if rows:
-                found.rows += rows
-                since_s = max(since_s, file.name.began_s)
+            found.rows += [row for row in rows if _is_within(row, since_s, until_s)]
         return is_complete
 
     def _read(self, file: _File, request_id: str) -> list[Row]:
-        """Raises ValueError where the file is damaged."""
+        """Raises one of _UNREADABLE where the file is damaged, or not for us."""
         with self._opened(file) as content:
             find = find_lines if file.name.kind == "jsonl" else _parquet().find_in_parquet
             return find(content, request_id)
@@ -329,8 +333,19 @@ def _parquet() -> ModuleType:
 
 
 def _overlaps(name: PartName, since_s: float, until_s: float) -> bool:
-    ended_s = float("inf") if name.ended_s is None else name.ended_s
-    return name.began_s - _SLACK_S <= until_s and ended_s + _SLACK_S >= since_s
+    return name.began_s - _SLACK_S <= until_s and _ended_s(name) + _SLACK_S >= since_s
+
+
+def _ended_s(name: PartName) -> float:
+    return float("inf") if name.ended_s is None else name.ended_s
+
+
+def _is_within(row: Row, since_s: float, until_s: float) -> bool:
+    """A row whose time is damaged stays: nothing says that it is not meant."""
+    try:
+        return since_s <= datetime.fromisoformat(row["time"]).timestamp() <= until_s
+    except (KeyError, TypeError, ValueError):
+        return True
 
 
 def _count_lines(path: Path) -> int:

@@ -6,13 +6,14 @@ which traffic. Every method blocks. Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.domain import DEFAULT_THRESHOLD, ProblemType
-from app.errors import NotFoundError, OverloadedError, UnavailableError
+from app.errors import MalformedError, NotFoundError, OverloadedError, UnavailableError
 from app.registry.prediction_lines import Row
 from app.registry.prediction_store import Found, PredictionStore
 from app.rollout import AuditEntry, State
@@ -70,7 +71,7 @@ class Searched:
     size_bytes: int
     oldest_s: float | None  # when the oldest file that was searched began
     damaged: tuple[str, ...]  # files that cannot be read
-    stopped_s: float | None  # nothing older than this was searched: it would have taken too long
+    stopped_s: float | None  # not everything older was searched: it would have taken too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,11 @@ class Why:
         self._searches = threading.BoundedSemaphore(_AT_ONCE)
 
     def explain(self, request_id: str, since_s: float | None, until_s: float | None) -> Explanation:
-        """Raises NotFoundError, with what was searched, UnavailableError where the log cannot be read."""
+        """Raises MalformedError, NotFoundError with what was searched, UnavailableError where none can be."""
+        if since_s is not None and until_s is not None and since_s > until_s:
+            raise MalformedError(
+                f"since ({since_s:.15g}) is after until ({until_s:.15g}): no answer is between the two"
+            )
         if self._store is None:
             raise NotFoundError("this server keeps no prediction log: start it with the setting prediction_log")
         found = self._search(self._store, request_id, since_s or 0.0, float("inf") if until_s is None else until_s)
@@ -106,7 +111,7 @@ class Why:
             tuple(self._answering(audits, *key) for key in dict.fromkeys(map(_version_key, rows))),
             tuple(_traffic_then(audits, *key) for key in dict.fromkeys(map(_traffic_key, rows))),
             _searched(self._store, found),
-            tuple(dict.fromkeys([*audits.gaps, *_damage(found)])),
+            tuple(dict.fromkeys([*audits.gaps, *_not_searched(found)])),
         )
 
     def _search(self, store: PredictionStore, request_id: str, since_s: float, until_s: float) -> Found:
@@ -123,9 +128,7 @@ class Why:
         if self._sample < 1:
             kept = "is" if is_sampled(request_id, self._sample) else "is not"
             told += f"; it keeps {100 * self._sample:g} % of the requests, and this id {kept} among them"
-        if found.stopped_s is not None:
-            told += f"; nothing before {found.stopped_s:.0f} was searched: go on with until={found.stopped_s:.0f}"
-        return "; ".join([told, *_damage(found)])
+        return "; ".join([told, *_not_searched(found)])
 
     def _answering(self, audits: _Audits, task: str, number: int, digest: str) -> Answering:
         entries = audits.of(task)
@@ -228,5 +231,10 @@ def _searched(store: PredictionStore, found: Found) -> Searched:
     return Searched(store.url, found.files, found.size_bytes, found.oldest_s, tuple(found.damaged), found.stopped_s)
 
 
-def _damage(found: Found) -> list[str]:
-    return [f"{name} of the prediction log is damaged and was not read" for name in found.damaged]
+def _not_searched(found: Found) -> list[str]:
+    unread = "of the prediction log is damaged, or not readable here, and was not searched"
+    told = [f"{name} {unread}" for name in found.damaged]
+    if found.stopped_s is None:
+        return told
+    bound = math.ceil(found.stopped_s)
+    return [f"not everything before {bound} was searched, it takes too long: go on with until={bound}", *told]

@@ -49,6 +49,9 @@ def test_what_is_not_found_is_a_404_with_a_sentence(audited: TestClient, client:
         assert with_log.get("/v1/predictions/r-1", params={"until": 1_000}).status_code == 404
         for wrong in ({"since": "yesterday"}, {"since": -1}, {"until": "inf"}):
             assert with_log.get("/v1/predictions/r-1", params=wrong).status_code == 422
+        reversed_range = with_log.get("/v1/predictions/r-1", params={"since": 2, "until": 1})
+        assert reversed_range.status_code == 400 and "since (2) is after until (1)" in reversed_range.json()["error"]
+        assert with_log.get("/v1/predictions/").status_code == 422
     without_log = client.get("/v1/predictions/r-1")
     assert without_log.status_code == 404 and "prediction_log" in without_log.json()["error"]
 

@@ -21,6 +21,7 @@ from tests.fakes import make_runtime
 from tests.serving import running
 
 ODD_ID = 'a/b ?c&d#e%2f"f'
+DOTTED_IDS = (".", "..", "../..", "a/../b", "1.5")
 TEXT, PAIR = "I am so glad", "and he is not"
 EMOTION = {"task": "emotion", "version": 1, "digest": "sha256:emotion-1", "arm": "champion"}
 SPAM = {"task": "spam", "version": 1, "digest": "sha256:spam-1", "arm": "champion"}
@@ -48,7 +49,7 @@ def row(request_id: str, index: int, read: TextInput, of_version: dict[str, Any]
 @pytest.fixture
 def shell(settings: Settings, tmp_path: Path) -> Iterator[CommandLine]:
     store = PredictionStore(str(tmp_path / "log"), tmp_path / "home", "jsonl", 10**9)
-    writer = PartWriter(store.folder, store.server, 10**9, 3600.0)
+    writer = PartWriter(store.folder, store.server, 10**9, 3600.0, clock=lambda: 1_767_960_000.0)  # 2026-01-09 12:00
     text, pair = TextInput(TEXT), TextInput(TEXT, PAIR)
     scores = {"joy": 0.9, "anger": 0.25, "fear": 0.1}
     for line in (
@@ -57,6 +58,7 @@ def shell(settings: Settings, tmp_path: Path) -> Iterator[CommandLine]:
         row("r-1", 1, pair, ENTAILMENT, error="it broke", reference="entailment@1", truncated=True),
         row(ODD_ID, 0, text, {**SPAM, "version": 9}, value=3.5),
         row(ODD_ID, 0, text, SPAM, spans=[{"label": "city", "start": 0, "end": 4, "score": 0.5}], text="glad\x1b[31m"),
+        *(row(request_id, 0, text, SPAM, label="ham") for request_id in DOTTED_IDS),
     ):
         writer.append(to_line(line))
     runtime = make_runtime(settings, predictions=store)
@@ -108,6 +110,21 @@ def test_times_narrow_the_search(shell: CommandLine) -> None:
     assert "0 files of 0.0 MB were searched" in shell.refused("why", "r-1", "--until", "2001-01-09T12:00:00+02:00")
     assert "0 files" in shell.refused("why", "r-1", "--until", "1000000000.5")
     assert "no answer to request nobody" in shell.refused("why", "nobody")
+    answered = "2026-01-09T12:00:00.123456Z"
+    assert shell.json("why", "r-1", "--since", answered, "--until", answered)["rows"]
+    assert "no answer to request r-1" in shell.refused("why", "r-1", "--since", "2026-01-09T12:00:01")
+    assert "is after until" in shell.refused("why", "r-1", "--since", "2026-01-10", "--until", "2026-01-09")
+
+
+@pytest.mark.parametrize("request_id", DOTTED_IDS)
+def test_dots_are_part_of_an_id(shell: CommandLine, request_id: str) -> None:
+    assert shell.json("why", request_id)["request_id"] == request_id
+
+
+def test_an_empty_id_is_told_with_the_usage(shell: CommandLine, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        shell("why", "")
+    assert left.value.code == 2
 
 
 @pytest.mark.parametrize("wrong", [("--since", "yesterday"), ("--until", "1.2.3"), ("--pair", "x")])

@@ -265,11 +265,11 @@ def test_a_log_whose_folder_is_emptied_goes_on_in_another_file(tmp_path: Path) -
 
 @pytest.fixture
 def hourly(tmp_path: Path) -> PredictionStore:
-    """Row n was written in hour n."""
+    """Row n was written in hour n, at its half."""
     store, clock = open_store(str(tmp_path / "log"), tmp_path / "home"), Clock()
     writer = writer_of(store, clock=clock)
     for number in range(6):
-        writer.append(to_line(row(number)))
+        writer.append(to_line(row(number, time=f"2026-01-09T{12 + number}:30:00.000000Z")))
         os.utime(next(store.folder.glob("*_open_*")), (clock.now_s + 3600,) * 2)
         writer.end()
         store.tidy()
@@ -283,7 +283,56 @@ def test_a_search_is_narrowed_by_time(hourly: PredictionStore) -> None:
     assert len(narrow.rows) == 1 and narrow.files == 1 and narrow.oldest_s == NOON_S + 3 * 3600
     assert hourly.find("r-3", since_s=NOON_S + 4.5 * 3600).rows == []
     assert hourly.find("r-3", until_s=NOON_S + 2.5 * 3600).rows == []
-    assert hourly.find("r-5").files == 2  # what is found ends the search, but for neighbours
+    slack = hourly.find("r-3", since_s=NOON_S + 3.6 * 3600)  # its file is searched, and the row is older
+    assert slack.rows == [] and slack.files == 3
+    exact_s = NOON_S + 3.5 * 3600
+    assert len(hourly.find("r-3", exact_s, exact_s).rows) == 1
+    assert hourly.find("r-3", until_s=NOON_S + 3.4 * 3600).rows == []
+
+
+def test_a_later_request_with_the_same_id_hides_no_earlier_one(hourly: PredictionStore) -> None:
+    writer = writer_of(hourly)
+    writer.append(to_line(row(0, time="2026-01-10T12:00:00.000000Z")))
+    assert [found["time"] for found in hourly.find("r-0").rows] == [
+        "2026-01-09T12:30:00.000000Z",
+        "2026-01-10T12:00:00.000000Z",
+    ]
+
+
+def test_files_that_nobody_can_read_hide_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path / "log"), tmp_path / "home", "parquet")
+    writer, clock = writer_of(store, clock=(clock := Clock())), clock
+    for number in range(3):
+        for _ in range(100):
+            writer.append(to_line(row(number)))
+        writer.end()
+        store.tidy(lambda: True)
+        clock.now_s += 10
+    first, second, _ = sorted(store.folder.glob("*.parquet"))
+    content = first.read_bytes()
+    first.write_bytes(content[:4] + b"\xff" * 200 + content[204:])  # its pages, which its end still describes
+    open_file = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == second:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    found = store.find("r-2")
+    assert len(found.rows) == 100 and sorted(found.damaged) == [first.name, second.name]
+    assert len([record for record in caplog.records if "cannot be read" in record.getMessage()]) == 2
+
+
+def test_a_place_that_is_gone_is_no_damaged_file(hourly: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("it is gone")
+
+    monkeypatch.setattr(hourly, "_opened", refuse)
+    with pytest.raises(UnavailableError, match="cannot be read: it is gone"):
+        hourly.find("r-1")
 
 
 def test_a_search_that_would_take_too_long_says_where_to_go_on(

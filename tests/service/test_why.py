@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.domain import ProblemType, Snapshot, TaskVersion
-from app.errors import NotFoundError, OverloadedError, UnavailableError
+from app.errors import MalformedError, NotFoundError, OverloadedError, UnavailableError
 from app.registry.index import Index
 from app.registry.prediction_lines import to_line
 from app.registry.prediction_parts import PartWriter
@@ -184,6 +184,27 @@ def test_a_search_that_was_given_up_is_told_with_where_to_go_on(
     monkeypatch.setattr(store, "find", lambda *_: Found(files=3, stopped_s=1_767_960_000.0, damaged=["x.parquet"]))
     with pytest.raises(NotFoundError, match="go on with until=1767960000; x.parquet of the prediction log is damaged"):
         explain(past, store)
+
+
+def test_what_was_not_searched_is_a_gap_of_what_was_found(
+    past: Index, store: PredictionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(store, "r-1", emotion(1), 1)
+    rows = store.find("r-1").rows
+    found = Found(rows=rows, files=3, stopped_s=1_767_960_000.0, damaged=["x.parquet"])
+    monkeypatch.setattr(store, "find", lambda *_: found)
+    older, damaged = explain(past, store).gaps
+    assert (
+        "not everything before 1767960000 was searched" in older
+        and "until=1767960000" in older
+        and "x.parquet" in damaged
+    )
+
+
+def test_a_reversed_range_is_told(past: Index, store: PredictionStore) -> None:
+    write(store, "r-1", emotion(1), 1)
+    with pytest.raises(MalformedError, match=r"since \(1767960001\) is after until \(1767960000\)"):
+        why_of(past, store).explain("r-1", 1_767_960_001.0, 1_767_960_000.0)
 
 
 def test_few_search_at_once(past: Index, store: PredictionStore, monkeypatch: pytest.MonkeyPatch) -> None:
