@@ -109,9 +109,9 @@ class PredictionStore:
             with contextlib.suppress(UnavailableError):  # a full disk: what goes may make room
                 self._trim()
             raise told[0][1]
-        for file, error in told:
+        for file, cause in told:
             self._stuck.add(file.name.key)
-            logger.error("%s waits, and others of the prediction log do not: %s", file.path, error)
+            logger.error("%s waits, and others of the prediction log do not: %s", file.path, cause)
         if num_finished or not self._was_trimmed:
             self._trim()
             self._was_trimmed = True
