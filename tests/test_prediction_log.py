@@ -97,6 +97,7 @@ def test_an_auditor_finds_why_a_text_got_its_answer_although_the_version_was_ret
         told = people["ada"].json("why", request_id)
         rows = {row["task"]: row for row in told["rows"]}
         assert {row["generation"] for row in told["rows"]} == {answer["generation"]}
+        assert {row["actor"] for row in told["rows"]} == {"admin"}
         for task, said in answer["results"][0].items():
             assert (rows[task]["version"], rows[task]["arm"]) == (said["version"], said["arm"])
             assert rows[task]["scores"] == said["scores"] and rows[task].get("labels") == said.get("labels")

@@ -53,9 +53,9 @@ class SearchedView(View):
 class ExplanationView(View):
     request_id: str
     rows: list[dict[str, Any]] = Field(
-        description="as they stand in the log, one for each input and task: time, input, generation, reference, task, "
-        "version, digest, arm, text_sha256, label or labels or value or spans or error, scores, tokens, truncated, "
-        "cached, request_passes, inference_ms; text where texts are kept"
+        description="as they stand in the log, one for each input and task: time, actor, input, generation, reference, "
+        "task, version, digest, arm, text_sha256, label or labels or value or spans or error, scores, tokens, "
+        "truncated, cached, request_passes, inference_ms; text where texts are kept"
     )
     versions: list[AnsweringView]
     traffic: list[TrafficThenView]

@@ -68,11 +68,12 @@ def _why(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _print(answer: Mapping[str, Any]) -> None:
-    by_time: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    by_time: dict[tuple[str, int, str | None], list[Mapping[str, Any]]] = {}
     for row in answer["rows"]:
-        by_time.setdefault((row["time"], row["generation"]), []).append(row)
-    for (time, generation), rows in by_time.items():
-        say(f"request {answer['request_id']}, answered {time}, generation {generation}", "bold")
+        by_time.setdefault((row["time"], row["generation"], row.get("actor")), []).append(row)
+    for (time, generation, actor), rows in by_time.items():
+        asked = f", asked by {actor}" if actor is not None else ""  # rows of earlier releases do not say it
+        say(f"request {answer['request_id']}{asked}, answered {time}, generation {generation}", "bold")
         _print_rows(rows, answer["versions"])
     for version in answer["versions"]:
         say("")

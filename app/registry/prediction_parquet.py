@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
     [
         ("time", pa.timestamp("us", "UTC")),
         ("request_id", pa.string()),
+        ("actor", pa.string()),  # not in the oldest files
         ("input", pa.int64()),
         ("generation", pa.int64()),
         ("reference", pa.string()),

@@ -129,8 +129,9 @@ class InferenceService:
             self._count(targets, results)
             self._observe(snapshot, request_id, targets, run, trace)
             usage, timings = run.usage, run.timings
-            self._watch.served(Served(request_id, snapshot.generation, targets, results, run.readings, usage, timings))
-            return Prediction(snapshot.generation, results, usage, timings)
+            generation, actor = snapshot.generation, principal.name
+            self._watch.served(Served(request_id, actor, generation, targets, results, run.readings, usage, timings))
+            return Prediction(generation, results, usage, timings)
 
     async def embed(
         self,

@@ -35,6 +35,7 @@ def _rows(served: Served, has_texts: bool) -> Iterator[Row]:
     request = {
         "time": to_time(datetime.fromtimestamp(served.at_s, UTC)),
         "request_id": served.request_id,
+        "actor": served.actor,
         "generation": served.generation,
         "request_passes": served.usage.passes,
         "inference_ms": round(1000 * served.timings.inference_s, 3),

@@ -29,6 +29,7 @@ class Served:
     """One request that was answered. The sequences have an entry for each of its inputs."""
 
     request_id: str
+    actor: str  # the principal's name
     generation: int
     targets: Sequence[Sequence[Target]]  # what was asked for: reference, version, arm
     results: Sequence[Mapping[str, Answer]]  # by reference

@@ -55,6 +55,7 @@ def shell(settings: Settings, tmp_path: Path) -> Iterator[CommandLine]:
     for line in (
         row("r-1", 0, text, EMOTION, labels=["joy"], scores=scores, cached=True),
         row("r-1", 0, text, SPAM, label="ham", scores={"ham": 0.991, "spam": 0.009}),
+        row("r-1", 0, text, SPAM, label="spam", actor="shop"),
         row("r-1", 1, pair, ENTAILMENT, error="it broke", reference="entailment@1", truncated=True),
         row(ODD_ID, 0, text, {**SPAM, "version": 9}, value=3.5),
         row(ODD_ID, 0, text, SPAM, spans=[{"label": "city", "start": 0, "end": 4, "score": 0.5}], text="glad\x1b[31m"),
@@ -70,6 +71,7 @@ def shell(settings: Settings, tmp_path: Path) -> Iterator[CommandLine]:
 def test_everything_that_an_audit_asks_is_there_to_read(shell: CommandLine) -> None:
     told = shell.say("why", "r-1")
     lines = [" ".join(line.split()) for line in told.splitlines()]
+    assert "request r-1, asked by shop, answered 2026-01-09T12:00:00.123456Z, generation 8" in lines
     assert lines[0] == "request r-1, answered 2026-01-09T12:00:00.123456Z, generation 8"
     assert "input 0: text not kept, 5 tokens" in lines and "input 1: text not kept, 5 tokens, cut to the limit" in lines
     assert f"sha256 {TextInput(TEXT).sha256}" in lines
@@ -92,7 +94,7 @@ def test_what_is_odd_is_printed_as_what_it_is(shell: CommandLine) -> None:
 
 def test_json_is_the_servers_answer(shell: CommandLine) -> None:
     answer = shell.json("why", "r-1")
-    assert [r["task"] for r in answer["rows"]] == ["emotion", "spam", "entailment"]
+    assert [r["task"] for r in answer["rows"]] == ["emotion", "spam", "spam", "entailment"]
     assert answer["versions"][0]["thresholds"] == {"joy": 0.2, "anger": 0.6, "fear": 0.5}
 
 

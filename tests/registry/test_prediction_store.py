@@ -64,6 +64,7 @@ def row(number: int, **more: Any) -> Row:
     return {
         "time": "2026-01-09T12:00:00.000000Z",
         "request_id": f"r-{number}",
+        "actor": "shop",
         "input": 0,
         "generation": 7,
         "reference": "spam",
@@ -149,6 +150,17 @@ def test_parquet_has_the_schema_that_is_promised(tmp_path: Path) -> None:
     assert ids(store, 0, 2_499, 2_500) == [0, 2_499]
 
 
+def test_parquet_of_a_release_that_did_not_know_who_asked_is_read(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "log"), tmp_path / "home", "parquet")
+    writer = writer_of(store)
+    writer.append(to_line(row(1)))
+    writer.end()
+    store.tidy()
+    (path,) = store.folder.glob("*.parquet")
+    pq.write_table(pq.read_table(path).drop_columns(["actor"]), path)
+    assert store.find("r-1").rows == [{name: value for name, value in row(1).items() if name != "actor"}]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_killed_process_left_is_finished_up_to_its_last_whole_row(url: str, kind: str, tmp_path: Path) -> None:
     store = open_store(url, tmp_path / "home", kind)
@@ -204,8 +216,8 @@ def test_damage_costs_the_damaged_rows_alone(tmp_path: Path) -> None:
 
 def test_a_part_ends_by_size_and_by_time(tmp_path: Path) -> None:
     store, clock = open_store(str(tmp_path / "log"), tmp_path / "home"), Clock()
-    writer = writer_of(store, most_bytes=1_000, most_s=60, clock=clock)
-    for number in range(7):  # of about 320 bytes
+    writer = writer_of(store, most_bytes=1_100, most_s=60, clock=clock)
+    for number in range(7):  # of about 335 bytes
         writer.append(to_line(row(number)))
     assert len(names(store.url)) == 2
     clock.now_s += 61
@@ -338,7 +350,7 @@ def test_a_place_that_is_gone_is_no_damaged_file(hourly: PredictionStore, monkey
 def test_a_search_that_would_take_too_long_says_where_to_go_on(
     hourly: PredictionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction_store, "_SEARCHED_BYTES", 1_000)
+    monkeypatch.setattr(prediction_store, "_SEARCHED_BYTES", 1_100)
     found = hourly.find("r-1")
     assert found.rows == [] and found.files == 3 and found.stopped_s == NOON_S + 3 * 3600
     while not found.rows:

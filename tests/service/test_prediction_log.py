@@ -110,6 +110,7 @@ async def test_a_row_has_what_an_audit_asks_for(settings: Settings) -> None:
     assert spam == {
         "time": spam["time"],
         "request_id": "r-1",
+        "actor": "anonymous",
         "input": 0,
         "generation": 7,
         "reference": "spam",

@@ -34,7 +34,7 @@ class Kept:
 
 
 def request(name: str) -> Served:
-    return Served(name, 1, [], [], [], Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0))
+    return Served(name, "shop", 1, [], [], [], Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0))
 
 
 def never() -> None:
