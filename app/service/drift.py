@@ -163,10 +163,14 @@ class DriftWatcher:
         return watched
 
     def _rest(self, watched: _Watched) -> None:
-        """A version that is not live is not compared, and nobody is to be woken for it."""
+        """A version that is not live is not compared, and nobody is to be woken for it.
+
+        Its scores go with it: it may be unloaded already, and nobody else would take away what was counted since.
+        """
         self._count(watched)
         version = watched.version
         self._metrics.no_drift(version.task, version.version)
+        self._metrics.no_scores(version.task, version.version)
         self._uncompared.pop(version.digest, None)
         if watched.window is not None:
             self._resting[version.digest] = watched.window.rows

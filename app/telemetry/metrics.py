@@ -281,12 +281,16 @@ class Metrics:
         labels = {"task": task, "version": str(version)}
         self._predictions.remove_by_labels(labels)
         self._device_time.remove_by_labels(labels)
-        self._scores.forget(task, version)
+        self.no_scores(task, version)
         self.no_drift(task, version)
 
     def scored(self, task: str, version: int, labels: Sequence[str], scores: NDArray[np.floating[Any]]) -> None:
         """`scores` [texts, labels] of texts that a version answered: nan where a text has none."""
         self._scores.add(task, version, labels, scores)
+
+    def no_scores(self, task: str, version: int) -> None:
+        """A version's scores are not counted any more."""
+        self._scores.forget(task, version)
 
     def drifted(self, task: str, version: int, found: Mapping[str, tuple[float, float]]) -> None:
         """By kind: how far the last texts are from the baseline (PSI), and how likely by chance (p-value)."""

@@ -128,14 +128,41 @@ def test_a_version_that_is_not_live_any_more_alarms_nobody_and_may_come_back() -
     server.answer(WATCHED, *said(300))
     server.snapshot = snapshot_of(replace(after, versions={2: NEXT}))
     server.watcher.take_in([])
-    assert not names(server, "manifold_drift")
-    assert names(server, "manifold_score")  # counters go with the version
-    server.metrics.forget("spam", 1)
-    assert not names(server, "manifold_score")
+    assert not names(server, "manifold_drift") and not names(server, "manifold_score")
     server.snapshot = snapshot_of(before)
     server.watcher.take_in([])
     server.watcher.compare_all()
     assert server.found(before)[Kind.LABEL].texts == 300 and names(server, "manifold_drift")
+
+
+@pytest.mark.parametrize("is_unloaded_first", [True, False])
+def test_a_version_that_is_unloaded_leaves_no_series_whoever_is_first(is_unloaded_first: bool) -> None:
+    """Answers of it wait to be counted while another thread unloads it."""
+    server = Server(make_task(WATCHED))
+    server.answer(WATCHED, *said(300))
+    server.watcher.take_in([served(WATCHED, said(5))])
+    server.snapshot = snapshot_of(make_task(NEXT))
+    if is_unloaded_first:
+        server.metrics.forget("spam", 1)
+    server.watcher.take_in([served(WATCHED, said(200)), served(NEXT, said(200))])
+    if not is_unloaded_first:
+        server.metrics.forget("spam", 1)
+    server.watcher.close()
+    assert {name for name in names(server, "manifold_") if "version=1" in name} == set()
+    assert names(server, "manifold_score")
+    assert len(server.windows.kept[WATCHED.digest]) == 305
+
+
+def test_scores_that_were_counted_behind_an_unloading_go_at_the_next_look() -> None:
+    server = Server(make_task(WATCHED))
+    seen, server.snapshot = server.snapshot, snapshot_of(make_task(NEXT))
+    server.metrics.forget("spam", 1)
+    server.watcher._current_snapshot = lambda: seen  # it had asked before
+    server.answer(WATCHED, *said(300))
+    assert names(server, "manifold_score") and names(server, "manifold_drift")
+    server.watcher._current_snapshot = lambda: server.snapshot
+    server.watcher.take_in([])
+    assert not names(server, "manifold_score") and not names(server, "manifold_drift")
 
 
 def test_content_that_gets_another_number_keeps_its_window() -> None:
