@@ -17,7 +17,7 @@ from app.registry.connection import connect, public_url
 from app.registry.embedded import EmbeddedRedis
 from app.registry.index import Index
 from app.registry.last_good import LastGood
-from app.registry.saved_windows import SavedWindows
+from app.registry.saved_windows import SavedWindows, claimed_windows
 from app.registry.store import ArtifactStore
 
 
@@ -56,7 +56,8 @@ def open_registry(
         redis = connect(redis_url)
         opened.callback(redis.close)
         store = ArtifactStore(artifacts_url or f"file://{home / 'artifacts'}", home / "cache", cache_limit_bytes)
-        last_good, windows = LastGood(home / "last-good.json"), SavedWindows(home / "drift-windows")
+        last_good = LastGood(home / "last-good.json")
+        windows = opened.enter_context(claimed_windows(home / "drift-windows"))
         yield Registry(redis, Index(redis), store, last_good, windows, shown_url, abandon, revive)
 
 

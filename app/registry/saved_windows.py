@@ -7,9 +7,11 @@ Knows nothing of what the arrays mean.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,30 @@ from app.registry.durable import write_durably
 logger = logging.getLogger("manifold")
 
 SCHEMA_VERSION = 1
+
+
+@contextlib.contextmanager
+def claimed_windows(path: Path) -> Iterator[SavedWindows]:
+    """At `path`, or the first of `path`-2, `path`-3, … that no other process has: none overwrites another's.
+
+    A process that ends, however it does, lets go of its file, and the next one goes on with it.
+    """
+    with contextlib.ExitStack() as claim:
+        yield SavedWindows(_claimed(path, claim))
+
+
+def _claimed(path: Path, claim: contextlib.ExitStack) -> Path:
+    """`claim` holds it."""
+    for candidate in chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2))):
+        try:
+            lock = claim.enter_context(candidate.with_name(f"{candidate.name}.lock").open("wb"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            logger.error("%s cannot be locked: servers that share it overwrite each other's: %s", candidate, error)
+        return candidate
+    raise AssertionError  # there is always one more
 
 
 class SavedWindows:

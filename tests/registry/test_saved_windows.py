@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from app.errors import UnavailableError
-from app.registry.saved_windows import SavedWindows
+from app.registry.saved_windows import SavedWindows, claimed_windows
 
 
 @pytest.fixture
@@ -62,3 +64,41 @@ def test_a_disk_that_takes_nothing_leaves_the_old_file(file: Path, monkeypatch: 
     with pytest.raises(UnavailableError, match="No space left"):
         SavedWindows(file).save({"sha256:a": rows(5)})
     assert len(SavedWindows(file).load()["sha256:a"]) == 4
+
+
+# -- several servers of one home ---------------------------------------------------------------------------------------
+
+SERVER = """
+import sys
+from pathlib import Path
+import numpy as np
+from app.registry.saved_windows import claimed_windows
+with claimed_windows(Path(sys.argv[1]) / "drift-windows") as windows:
+    windows.save({"sha256:a": np.full((2, 3), 9, np.uint8)})
+    print("saved", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_of_servers_that_share_a_home_each_keeps_its_own(tmp_path: Path) -> None:
+    with claimed_windows(tmp_path / "drift-windows") as first:
+        first.save({"sha256:a": rows(4)})
+        command = [sys.executable, "-c", SERVER, str(tmp_path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None and other.stdout.readline() == b"saved\n"
+            with claimed_windows(tmp_path / "drift-windows") as third:
+                assert third.load() == {}
+            other.kill()  # without a word
+        assert first.load()["sha256:a"].tolist() == rows(4).tolist()
+        with claimed_windows(tmp_path / "drift-windows") as again:
+            assert again.load()["sha256:a"].tolist() == [[9] * 3] * 2
+    with claimed_windows(tmp_path / "drift-windows") as alone:
+        assert alone.load()["sha256:a"].tolist() == rows(4).tolist()
+
+
+def test_a_home_that_cannot_be_locked_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "drift-windows.lock").mkdir()
+    with claimed_windows(tmp_path / "drift-windows") as windows:
+        windows.save({"sha256:a": rows(4)})
+    assert "overwrite each other's" in caplog.text
+    assert len(SavedWindows(tmp_path / "drift-windows").load()["sha256:a"]) == 4
