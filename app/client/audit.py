@@ -6,6 +6,7 @@ import argparse
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from app.client.http import Server, add_client_options
@@ -13,6 +14,7 @@ from app.client.tables import add_row, print_json, say, shorten, show, table, wh
 from app.rollout import value_in_words
 
 _PAGE = 1000
+_NOTES, _MOST_PAGES = 10, 9  # among the newest at first, and pages behind them where there are more
 _HEAD = re.compile(r"([0-9]{1,15}):([0-9a-f]*)")
 _BROKEN = 1
 
@@ -56,20 +58,51 @@ def _entries(server: Server, task: str | None) -> Iterator[Mapping[str, Any]]:
         after = entries[-1]["sequence"]
 
 
-def newest(server: Server, count: int, known: int = 0) -> Sequence[Mapping[str, Any]]:
-    """The last of them, oldest first.
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The last entries that changed something, oldest first; refusals and such keep the generation."""
 
-    The end is looked for by halving, for a log may be long, and its numbers have no gaps. `known`: one that it has.
+    end: int = 0  # the number of the last entry that was looked at
+    changes: Sequence[Mapping[str, Any]] = ()
+
+
+def newest(server: Server, count: int, before: Newest | None = None) -> Newest:
+    """What came after `before`, too, or all anew where the log has lost that.
+
+    Only so far back that `count` are found, and at most some thousand entries: anybody can fill a log with refusals.
     """
-    held, step = known, count
+    if before is None or (before.end and not _has(server, before.end)):
+        before = Newest()
+    end = _end(server, before.end, count)
+    oldest, changes = end, list[Mapping[str, Any]]()
+    for size in (count + _NOTES, *[_PAGE - 1] * _MOST_PAGES):
+        if len(changes) >= count or oldest <= before.end:
+            break
+        first = max(oldest - size, before.end)  # is not looked at, but says which generation was before
+        entries = _page(server, None, max(first - 1, 0), oldest - max(first - 1, 0))["entries"]
+        changes[:0] = _changes(entries, 0 if first == 0 else None)
+        oldest = first
+    return Newest(end, [*before.changes, *changes][-count:])
+
+
+def _changes(entries: Sequence[Mapping[str, Any]], generation: int | None) -> Iterator[Mapping[str, Any]]:
+    """`generation`: before the first of them; None where that one only says it."""
+    for entry in entries:
+        if generation is not None and entry["generation"] != generation:
+            yield entry
+        generation = entry["generation"]
+
+
+def _end(server: Server, known: int, step: int) -> int:
+    """The last entry's number, by halving: a log may be long, and its numbers have no gaps. It has `known`."""
+    held = known
     while _has(server, held + step):
         held, step = held + step, step * 2
     beyond = held + step
     while beyond - held > 1:
         middle = (held + beyond) // 2
         held, beyond = (middle, beyond) if _has(server, middle) else (held, middle)
-    entries: Sequence[Mapping[str, Any]] = _page(server, None, max(held - count, 0), count)["entries"]
-    return entries
+    return held
 
 
 def _has(server: Server, sequence: int) -> bool:

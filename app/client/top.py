@@ -92,7 +92,7 @@ class Feed:
         self._server = server
         self._scrape: Scrape | None = None
         self._told: _Told | None = None
-        self._changes: Sequence[Mapping[str, Any]] = ()
+        self._newest = audit.Newest()
         self._untold = ""  # why the last changes are not known
         self._may_audit = True
 
@@ -105,9 +105,11 @@ class Feed:
             info, tasks = self._server.ask("GET", "/info"), self._server.ask("GET", "/v1/tasks")["tasks"]
             self._read_changes()
             self._told = _Told(stamp, info, tasks)
+        elif self._untold:
+            self._read_changes()
         self._scrape = scrape
         told = self._told
-        return Frame(self._server.url, time.time(), told.info, told.tasks, between, self._changes, self._untold)
+        return Frame(self._server.url, time.time(), told.info, told.tasks, between, self._newest.changes, self._untold)
 
     def _look(self) -> Scrape:
         text = self._server.read("/metrics")
@@ -117,12 +119,11 @@ class Feed:
             raise UnavailableError(f"what {self._server.url}/metrics says cannot be read: {error}") from error
 
     def _read_changes(self) -> None:
-        """Only once where the key may not: each refusal is written into that very log."""
+        """Not again where the key may not: each refusal is written into that very log."""
         if not self._may_audit:
             return
-        known = self._changes[-1]["sequence"] if self._changes else 0
         try:
-            self._changes, self._untold = audit.newest(self._server, CHANGES, known), ""
+            self._newest, self._untold = audit.newest(self._server, CHANGES, self._newest), ""
         except AnsweredError as error:
             self._may_audit = error.status != _FORBIDDEN
             self._untold = str(error)

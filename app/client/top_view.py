@@ -172,7 +172,7 @@ def _changes(frame: Frame) -> Iterator[Text]:
     if frame.untold:
         yield _line(f"the last changes are left out: {frame.untold}", "dim")
         return
-    yield _line("last changes" if frame.changes else "no changes yet", "bold")
+    yield _line("last changes" if frame.changes else "no changes found", "bold")
     for entry in reversed(frame.changes):
         told = (when(entry["at"]), entry["actor"], entry["action"], entry["task"] or "", change_in_words(entry))
         yield _line("  ".join(part for part in (*told, entry["reason"]) if part))

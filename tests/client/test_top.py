@@ -16,6 +16,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -23,7 +24,7 @@ import pytest
 from rich.console import Console, ConsoleDimensions
 
 from app.cli import main
-from app.client.audit import newest
+from app.client.audit import Newest, newest
 from app.client.http import Server
 from app.client.rates import Between, Scrape
 from app.client.top_figures import ORDERS
@@ -45,7 +46,14 @@ FORBIDDEN = (403, {"error": "key k1 lacks the role audit", "error_type": "forbid
 
 def entry(sequence: int, reason: str) -> dict[str, Any]:
     before, after = {**TONE, "champion": sequence - 1}, {**TONE, "champion": sequence}
-    who = {"sequence": sequence, "at": 1700000000.0, "actor": "ada", "action": "traffic", "task": "tone"}
+    who = {
+        "sequence": sequence,
+        "generation": sequence,
+        "at": 1700000000.0,
+        "actor": "ada",
+        "action": "traffic",
+        "task": "tone",
+    }
     return {**who, "reason": reason, "before": before, "after": after}
 
 
@@ -158,7 +166,7 @@ def test_a_restart_between_two_looks_is_no_rate_below_zero(
 
 
 def test_the_last_changes_are_the_newest_first(metrics: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
-    entries = [entry(2, "it is better"), entry(3, "[bold]no\x1b[2J")]
+    entries = [entry(1, ""), entry(2, "it is better"), entry(3, "[bold]no\x1b[2J")]
     answers = [(200, {"entries": entries[:1]})] + [(200, {"entries": []})] * 3
     lines = once(server(metrics, audit=[*answers, (200, {"entries": entries})]), capsys)
     told = lines[lines.index("last changes") + 1 :]
@@ -175,6 +183,15 @@ def test_a_key_without_the_role_is_refused_only_once(metrics: Metrics, capsys: p
         assert main(["top", "--once", "--interval", "0.2", "--url", recorded.url]) == 0
     assert "the last changes are left out: key k1 lacks the role audit" in capsys.readouterr().out
     assert [path for _, path, _ in recorded.asked].count("/v1/audit") == 1
+
+
+def test_an_index_that_is_out_at_first_leaves_no_gap_behind(
+    metrics: Metrics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The generation is the same when it is back."""
+    out = (503, {"error": "the index is out of reach", "error_type": "unavailable"})
+    lines = once(server(metrics, audit=[out, (200, {"entries": []})]), capsys)
+    assert "no changes found" in lines and not any("left out" in line for line in lines)
 
 
 def test_tasks_are_read_again_only_when_the_generation_moved(
@@ -234,14 +251,73 @@ def test_an_interval_is_a_number_of_seconds(interval: str, capsys: pytest.Captur
     assert "is not a number of seconds" in capsys.readouterr().err
 
 
-def test_the_end_of_a_log_is_found_whatever_its_length(run: Run, url: str, rollout: FakeRollout) -> None:
-    asked = Server(url)
-    assert list(newest(asked, 3)) == []
+class Log:
+    """The audit log of a running server."""
+
+    def __init__(self, url: str, rollout: FakeRollout) -> None:
+        self._asked, self._rollout = Server(url), rollout
+        self._seen = Newest()
+        self._move_to(0)
+
+    def change(self) -> None:
+        self._move_to(self._rollout.view.generation + 1)
+        self.refuse(1)
+
+    def _move_to(self, generation: int) -> None:
+        catalog = self._rollout.catalog
+        catalog.snapshot = replace(catalog.snapshot, view=replace(catalog.snapshot.view, generation=generation))
+
+    def refuse(self, count: int) -> None:
+        for _ in range(count):
+            self._rollout.note("anna", "note", None, "", None)
+
+    def anew(self) -> list[int]:
+        return [entry["sequence"] for entry in newest(self._asked, 3).changes]
+
+    def further(self) -> list[int]:
+        self._seen = newest(self._asked, 3, self._seen)
+        return [entry["sequence"] for entry in self._seen.changes]
+
+
+@pytest.fixture
+def log(run: Run, url: str, rollout: FakeRollout) -> Log:
+    return Log(url, rollout)
+
+
+def test_the_end_of_a_log_is_found_whatever_its_length(log: Log) -> None:
+    assert log.anew() == log.further() == []
     for length in range(1, 18):
-        rollout.note("anna", "note", None, f"{length}", None)
-        for known in {0, length} if length in {1, 2, 3, 4, 6, 7, 17} else ():
-            found = [seen["sequence"] for seen in newest(asked, 3, known)]
-            assert found == list(range(max(length - 2, 1), length + 1))
+        log.change()
+        expected = list(range(max(length - 2, 1), length + 1))
+        assert log.anew() == expected
+        if length in {1, 2, 3, 7, 17}:
+            assert log.further() == expected
+
+
+def test_refusals_do_not_crowd_out_changes(log: Log) -> None:
+    """Anybody who reaches the server can cause them."""
+    log.refuse(2)
+    assert log.anew() == log.further() == []
+    log.change()
+    log.refuse(3)
+    log.change()
+    assert log.anew() == log.further() == [3, 7]
+    log.refuse(2500)
+    assert log.anew() == log.further() == [3, 7]
+    log.change()
+    log.refuse(1)
+    log.change()
+    assert log.anew() == log.further() == [7, 2508, 2510]
+    log.refuse(10_000)
+    assert log.anew() == [] and log.further() == [7, 2508, 2510]  # so far nobody looks back
+
+
+def test_a_log_that_was_lost_is_read_anew(log: Log, rollout: FakeRollout) -> None:
+    for _ in range(20):
+        log.change()
+    assert log.further() == [18, 19, 20]
+    del rollout.entries[5:]
+    assert log.further() == [3, 4, 5]
 
 
 # -- in a terminal -----------------------------------------------------------------------------------------------------
