@@ -151,7 +151,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.lagged(0.002)
     metrics.disagreed("spam", 3)
     metrics.rolled_back("spam", "gate")
-    metrics.unwatched()
+    metrics.unwatched(2)
     metrics.spans_dropped(4)
     metrics.logged(7)
     metrics.log_dropped("full", 2)
@@ -195,7 +195,7 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_answer_cache_misses_total": 5.0,
         "manifold_answer_cache_bytes": 6000.0,
         "manifold_arm_disagreement_total{task=spam}": 3.0,
-        "manifold_watch_dropped_total": 1.0,
+        "manifold_watch_dropped_total": 2.0,
         "manifold_spans_dropped_total": 4.0,
         "manifold_prediction_log_rows_total": 7.0,
         "manifold_prediction_log_dropped_total{reason=full}": 2.0,

@@ -21,6 +21,8 @@ from app.service.usage import Timings, Usage
 logger = logging.getLogger(__name__)
 
 MAX_WAITING = 5_000  # requests that nobody has looked at yet
+MAX_WAITING_BYTES = 128_000_000  # about what they take
+_TOKEN_BYTES = 100  # with its offsets
 _EVERY_S = 0.25
 
 
@@ -37,6 +39,17 @@ class Served:
     usage: Usage
     timings: Timings
     at_s: float = field(default_factory=time.time)
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what its texts and tokens take."""
+        return sum(map(_memory_bytes, self.readings))
+
+
+def _memory_bytes(reading: Reading) -> int:
+    text, encoding = reading.text, reading.encoding
+    tokens = 0 if encoding is None else len(encoding)
+    return len(text.text) + len(text.text_pair or "") + _TOKEN_BYTES * tokens
 
 
 class Watcher(Protocol):
@@ -59,23 +72,32 @@ class Watch:
     """`served` on the event loop; watchers on one other thread, each told of everything that found room."""
 
     def __init__(
-        self, watchers: Sequence[Watcher], dropped: Callable[[], None], max_waiting: int = MAX_WAITING
+        self,
+        watchers: Sequence[Watcher],
+        dropped: Callable[[int], None],
+        max_waiting: int = MAX_WAITING,
+        max_waiting_bytes: int = MAX_WAITING_BYTES,
     ) -> None:
-        """`dropped` is called for each request that found no room."""
+        """`dropped` hears how many requests found no room, or met a watcher that failed."""
         self._watchers = watchers
+        self._failing: set[int] = set()  # places of watchers
         self._dropped = dropped
-        self._waiting: deque[Served] = deque()
-        self._max_waiting = max_waiting
+        self._waiting: deque[tuple[Served, int]] = deque()  # with its bytes
+        self._max_waiting, self._max_waiting_bytes = max_waiting, max_waiting_bytes
+        self._added_bytes, self._taken_bytes = 0, 0  # so far: each is written by one thread alone, and needs no lock
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def served(self, served: Served) -> None:
         if not self._watchers:
             return
-        if len(self._waiting) < self._max_waiting:
-            self._waiting.append(served)
+        own_bytes = served.memory_bytes
+        total_bytes = self._added_bytes - self._taken_bytes + own_bytes
+        if len(self._waiting) < self._max_waiting and total_bytes <= self._max_waiting_bytes:
+            self._added_bytes += own_bytes
+            self._waiting.append((served, own_bytes))
         else:
-            self._dropped()
+            self._dropped(1)
 
     def start(self) -> None:
         self._thread.start()
@@ -94,12 +116,27 @@ class Watch:
 
     def once(self) -> None:
         """One failing watcher keeps nothing from the others."""
-        served = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        for watcher in self._watchers:
-            try:
-                watcher.take_in(served)
-            except Exception:
-                logger.exception("%s failed on %d requests", type(watcher).__name__, len(served))
+        taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        served = [request for request, _ in taken]
+        have_taken = [self._tell(place, served) for place in range(len(self._watchers))]
+        self._taken_bytes += sum(own_bytes for _, own_bytes in taken)
+        if served and not all(have_taken):
+            self._dropped(len(served))
+
+    def _tell(self, place: int, served: Sequence[Served]) -> bool:
+        """False where it fails. That is told once, until it works again: this comes by several times a second."""
+        watcher = self._watchers[place]
+        try:
+            watcher.take_in(served)
+        except Exception:
+            if place not in self._failing:
+                logger.exception("%s fails, what it misses is counted", type(watcher).__name__)
+            self._failing.add(place)
+            return False
+        if place in self._failing:
+            logger.info("%s works again", type(watcher).__name__)
+        self._failing.discard(place)
+        return True
 
     def _run(self) -> None:
         while not self._closing.wait(_EVERY_S):

@@ -127,7 +127,7 @@ class Metrics:
         )
         self._unwatched = counter(
             "manifold_watch_dropped_total",
-            "Answered requests that found no room on their way to scores, drift and the prediction log.",
+            "Answered requests that scores, drift or the prediction log lack: they found no room, or met a fault.",
         )
         self._spans_dropped = counter(
             "manifold_spans_dropped_total",
@@ -160,8 +160,8 @@ class Metrics:
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
 
-    def unwatched(self) -> None:
-        self._unwatched.inc()
+    def unwatched(self, requests: int) -> None:
+        self._unwatched.inc(requests)
 
     def spans_dropped(self, count: int) -> None:
         self._spans_dropped.inc(count)

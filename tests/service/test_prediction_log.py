@@ -172,7 +172,7 @@ async def test_answers_are_on_disk_soon_and_the_last_ones_at_the_end(
     settings: Settings, store: PredictionStore, metrics: Counted, open_log: Open
 ) -> None:
     log = open_log()
-    watch = Watch([log], lambda: None)
+    watch = Watch([log], lambda requests: None)
     watch.start()
     requests = await ask(settings, [TextInput("hello")], ["spam", "stars"], "r-1", "r-2")
     watch.served(requests[0])
