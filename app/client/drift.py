@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from app.client.http import Server, add_client_options
 from app.client.tables import add_row, print_json, say, show, table
+
+_UNKNOWN = "–"
+_LEAST_P_VALUE = 1e-300
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -47,9 +50,14 @@ def _print_rows(answer: Mapping[str, Any]) -> None:
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     kind = row["kind"] if row["label"] is None else f"{row['kind']} of {row['label']}"
-    psi, p_value = ("–" if row[name] is None else f"{row[name]:.{digits}g}" for name, digits in _SHOWN)
+    psi, p_value = (_UNKNOWN if row[name] is None else say(row[name]) for name, say in _SAID)
     version, counts = f"{row['task']}@{row['version']}", (str(row["texts"]), str(row["baseline_texts"]))
     return version, row["arm"], kind, psi, p_value, *counts, "DRIFTING" if row["drifting"] else ""
 
 
-_SHOWN = (("psi", 3), ("p_value", 2))
+def _p_value(value: float) -> str:
+    """Never 0, which no chance is: of many texts that are quite different it is too small for a number."""
+    return f"<{_LEAST_P_VALUE:g}" if value < _LEAST_P_VALUE else f"{value:.2g}"
+
+
+_SAID: Sequence[tuple[str, Callable[[float], str]]] = (("psi", "{:.3g}".format), ("p_value", _p_value))

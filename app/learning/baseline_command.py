@@ -18,7 +18,7 @@ from app.engine.tokenizer import TextTokenizer
 from app.engine.traits import traits_of
 from app.errors import DataError, SettingsError
 from app.learning import evaluation, writer
-from app.learning.data import read_inputs, read_table
+from app.learning.data import read_inputs, read_texts
 from app.learning.terminal import add_machine_arguments, backbones, guarded
 
 _FEWEST_TEXTS = 200
@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("artifact", type=Path, metavar="DIR", help="what `manifold learn` wrote, or PEFT saved")
-    told = f"a table as for learn, or .txt: a text a line (pairs: with a tab between); {_FEWEST_TEXTS} at least"
+    told = "a table as for learn, with answers or without, or .txt: a text a line (pairs: with a tab between)"
+    told = f"{told}; {_FEWEST_TEXTS} different texts at least"
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help=told)
     group = parser.add_argument_group("for a folder without a manifest, as PEFT saves it: one is written")
     group.add_argument("--task", metavar="NAME", help="default: the folder's name")
@@ -65,6 +66,9 @@ def renew(folder: Path, data: Path, exact: Backbone, options: Mapping[str, Any])
     `options` (task, problem_type, labels, input) complete a folder that comes straight from PEFT, without a manifest.
     Raises ArtifactError, DataError or SettingsError; the folder is then as it was.
     """
+    if options and (folder / MANIFEST).is_file():
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise SettingsError(f"{folder} has a manifest, which says what it is: leave out {given}")
     artifact = read_artifact(folder, exact.spec, options)
     if artifact.manifest["problem_type"] == ProblemType.EMBEDDING:
         raise SettingsError(f"{folder} is a representation: it answers with vectors, and has nothing that drifts")
@@ -75,11 +79,14 @@ def renew(folder: Path, data: Path, exact: Backbone, options: Mapping[str, Any])
 
 def _texts(data: Path, artifact: Artifact) -> list[TextInput]:
     kind = artifact.version(0).input_kind
-    texts = read_inputs(data, kind) if data.suffix.lower() == ".txt" else read_table(data).texts
+    texts = read_inputs(data, kind) if data.suffix.lower() == ".txt" else read_texts(data)
     if texts and texts[0].kind is not kind:
         raise DataError(f"{data.name} holds inputs of kind {texts[0].kind}, and the artifact reads {kind}")
-    if len(texts) < _FEWEST_TEXTS:
-        raise DataError(f"{data.name} has {len(texts)} texts, too few to compare with: give {_FEWEST_TEXTS} at least")
+    distinct = len(set(texts))
+    if distinct < _FEWEST_TEXTS:
+        raise DataError(
+            f"{data.name} has {distinct} different texts, too few to compare with: give {_FEWEST_TEXTS} at least"
+        )
     return texts
 
 

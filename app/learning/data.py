@@ -6,6 +6,7 @@ Columns: `text` or `text_a`,`text_b`, then `label` (one), `labels` (joined by `|
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -13,11 +14,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from app.domain import InputKind, ProblemType, TextInput
 from app.errors import DataError
@@ -38,6 +40,7 @@ _ANSWER_COLUMNS = {
 }
 _Record = Mapping[str, Any]
 _Row = tuple[int, _Record | str]  # line, and the fields or the reason why there are none
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +83,8 @@ def read_table(path: Path, problem_type: ProblemType | None = None) -> Table:
 
     Raises DataError where the file cannot be used; single rows that cannot be read go to `unreadable`.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise DataError(f"{path.name} must end in one of {', '.join(_FORMATS)}")
-    try:
-        with path.open("rb") as file:
-            return _read(path, file, problem_type)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    with _opened(path) as file:
+        return _read(path, file, problem_type)
 
 
 def label_names(train: Table) -> tuple[str, ...]:
@@ -138,7 +136,31 @@ def read_inputs(path: Path, input_kind: InputKind) -> list[TextInput]:
     return [TextInput(*fields) for fields in parts]
 
 
+def read_texts(path: Path) -> list[TextInput]:
+    """The texts of a table, whatever answers it has or lacks.
+
+    Raises DataError where the file cannot be used; single rows that cannot be read are left out.
+    """
+    with _opened(path) as file:
+        rows = _rows(path, _lines(path, file))
+        head = list(islice(rows, _HEAD_ROWS))
+        has_words, kind = _of_head(path, head, lambda columns: _text_columns(path, columns))
+        read = _joined if has_words else partial(_text_input, input_kind=kind)
+        return _sorted_out(path, chain(head, rows), lambda _, record: read(record))[0]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    if path.suffix.lower() not in _FORMATS:
+        raise DataError(f"{path.name} must end in one of {', '.join(_FORMATS)}")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read(path: Path, file: io.BufferedReader, problem_type: ProblemType | None) -> Table:
@@ -147,16 +169,26 @@ def _read(path: Path, file: io.BufferedReader, problem_type: ProblemType | None)
     file.seek(0)
     rows = _rows(path, _lines(path, file))
     head = list(islice(rows, _HEAD_ROWS))
-    layout = _layout(path, head, problem_type)
-    examples: list[Example] = []
+    layout = _of_head(path, head, lambda columns: _layout(path, columns, problem_type))
+    examples, unreadable = _sorted_out(path, chain(head, rows), lambda line, record: _example(line, record, layout))
+    return Table(path.name, sha256, layout.problem_type, layout.input_kind, tuple(examples), tuple(unreadable))
+
+
+def _sorted_out(
+    path: Path, rows: Iterable[_Row], read: Callable[[int, _Record], _Read]
+) -> tuple[list[_Read], list[Unreadable]]:
+    """What was read, and what cannot be."""
+    found: list[_Read] = []
     unreadable: list[Unreadable] = []
-    for line, record in chain(head, rows):
+    for line, record in rows:
         try:
-            examples.append(_example(line, record, layout))
+            if isinstance(record, str):
+                raise _UnreadableError(record)
+            found.append(read(line, record))
         except _UnreadableError as error:
             unreadable.append(Unreadable(line, f"line {line}{error}"))
-    _check_share(path, unreadable, len(examples))
-    return Table(path.name, sha256, layout.problem_type, layout.input_kind, tuple(examples), tuple(unreadable))
+    _check_share(path, unreadable, len(found))
+    return found, unreadable
 
 
 def _check_share(path: Path, unreadable: Sequence[Unreadable], num_read: int) -> None:
@@ -244,16 +276,26 @@ class _Layout:
     input_kind: InputKind
 
 
-def _layout(path: Path, head: Sequence[_Row], problem_type: ProblemType | None) -> _Layout:
+def _layout(path: Path, columns: Sequence[str], problem_type: ProblemType | None) -> _Layout:
+    kind = problem_type or _problem_type(path, columns)
+    return _Layout(kind, _answer_column(path, columns, kind), _input_kind(path, columns, kind))
+
+
+def _text_columns(path: Path, columns: Sequence[str]) -> tuple[bool, InputKind]:
+    """Whether texts are lists of words, and their kind."""
+    if "tokens" in columns:
+        return True, InputKind.TEXT
+    return False, _text_kind(path, columns)
+
+
+def _of_head(path: Path, head: Sequence[_Row], read: Callable[[Sequence[str]], _Read]) -> _Read:
     """Of the first row that has the columns: JSON lines may lack some."""
     fault: DataError | None = None
     for _, record in head:
         if isinstance(record, str):
             continue
-        columns = tuple(record)
         try:
-            kind = problem_type or _problem_type(path, columns)
-            return _Layout(kind, _answer_column(path, columns, kind), _input_kind(path, columns, kind))
+            return read(tuple(record))
         except DataError as error:
             fault = fault or error
     if fault is not None:
@@ -284,6 +326,10 @@ def _input_kind(path: Path, columns: Sequence[str], kind: ProblemType) -> InputK
         if "tokens" in columns:
             return InputKind.TEXT
         raise DataError(f"{path.name} has no column tokens: it has {', '.join(columns)}")
+    return _text_kind(path, columns)
+
+
+def _text_kind(path: Path, columns: Sequence[str]) -> InputKind:
     if "text" in columns:
         return InputKind.TEXT
     if "text_a" in columns and "text_b" in columns:
@@ -298,9 +344,7 @@ class _UnreadableError(Exception):
     """What follows "line 3"."""
 
 
-def _example(line: int, record: _Record | str, layout: _Layout) -> Example:
-    if isinstance(record, str):
-        raise _UnreadableError(record)
+def _example(line: int, record: _Record, layout: _Layout) -> Example:
     kind = layout.problem_type
     value = record.get(layout.answer)
     if value is None:
@@ -314,6 +358,13 @@ def _example(line: int, record: _Record | str, layout: _Layout) -> Example:
     if kind is ProblemType.SINGLE_LABEL and not labels[0]:
         raise _UnreadableError(" has no label")
     return Example(text, line, labels)
+
+
+def _joined(record: _Record) -> TextInput:
+    words = record.get("tokens")
+    if not _is_strings(words) or not words or not all(word.strip() for word in words):
+        raise _UnreadableError(": tokens must be a list of texts")
+    return TextInput(" ".join(words))
 
 
 def _text_input(record: _Record, input_kind: InputKind) -> TextInput:

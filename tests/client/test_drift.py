@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from app.service.drift import DriftWatcher
 from app.service.runtime import Runtime
 from tests.client.conftest import Run
@@ -32,6 +34,17 @@ def test_before_there_are_enough_texts_it_says_so(run: Run, runtime: Runtime) ->
     watch(runtime, 10)
     out = run("drift", "spam").out
     assert "nothing drifts" in out and "nothing is said before 200 texts" in out and "intent" not in out
+
+
+@pytest.mark.parametrize(("p_value", "said"), [(0.0, "<1e-300"), (1.25e-299, "1.2e-299"), (1.0, "1")])
+def test_no_chance_is_called_0(run: Run, p_value: float, said: str) -> None:
+    version = {"task": "spam", "version": 1, "arm": "champion", "kind": "label", "label": None, "drifting": False}
+    row = version | {"psi": 0.125, "p_value": p_value, "texts": 300, "baseline_texts": 1000}
+    answer = {"window": 500, "least_texts": 200, "drift": [row], "without_baseline": []}
+    with answering({"GET /v1/drift": [(200, answer)]}) as server:
+        out = run("drift", "--url", server.url).out
+    (line,) = [line for line in out.splitlines() if line.startswith("spam@1")]
+    assert line.split() == ["spam@1", "champion", "label", "0.125", said, "300", "1000"]
 
 
 def test_a_task_that_is_not_there_is_one_sentence(run: Run) -> None:

@@ -57,7 +57,7 @@ def test_a_second_time_renews_it(folder: Path, dev: Path, tmp_path: Path, backbo
     once = (folder / "manifest.json").read_bytes()
     renew(folder, dev, backbone, {})
     assert (folder / "manifest.json").read_bytes() == once
-    (tmp_path / "texts.txt").write_text("a good text of paris\n" * 200)
+    (tmp_path / "texts.txt").write_text("".join(f"a good text of paris {i}\n" for i in range(200)))
     assert renew(folder, tmp_path / "texts.txt", backbone, {}) == 200
     assert json.loads((folder / "manifest.json").read_text())["score_baseline"]["texts"] == 200
 
@@ -73,12 +73,36 @@ def test_a_folder_from_peft_gets_a_manifest(folder: Path, dev: Path, backbone: B
     assert version.baseline is not None and len(version.baseline.labels) == 2
 
 
+def test_texts_need_no_answers(folder: Path, tmp_path: Path, backbone: Backbone) -> None:
+    texts = [f"a good text of paris {i}" for i in range(200)]
+    samples.write_rows(tmp_path / "alone.tsv", ("text",), [(text,) for text in texts])
+    assert renew(folder, tmp_path / "alone.tsv", backbone, {}) == 200
+    alone = (folder / "manifest.json").read_bytes()
+    records = [json.dumps({"tokens": text.split(), "note": None}) for text in texts]
+    (tmp_path / "words.jsonl").write_text("\n".join([*records, '{"tokens": ["a", ""]}', '{"tokens": "a"}']))
+    assert renew(folder, tmp_path / "words.jsonl", backbone, {}) == 200
+    assert (folder / "manifest.json").read_bytes() == alone
+
+
+def test_what_the_manifest_says_cannot_be_said_again(folder: Path, dev: Path, backbone: Backbone) -> None:
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(SettingsError, match="has a manifest, which says what it is: leave out --task, --labels"):
+        renew(folder, dev, backbone, {"task": "other", "labels": ["a", "b"]})
+    assert (folder / "manifest.json").read_bytes() == before
+
+
+def test_a_text_many_times_is_one(folder: Path, tmp_path: Path, backbone: Backbone) -> None:
+    (tmp_path / "texts.txt").write_text("a good text of paris\n" * 300)
+    with pytest.raises(DataError, match=r"has 1 different texts, too few .* give 200 at least"):
+        renew(folder, tmp_path / "texts.txt", backbone, {})
+
+
 def test_few_texts_and_those_of_another_kind_are_refused(
     folder: Path, dev: Path, tmp_path: Path, backbone: Backbone
 ) -> None:
     before = (folder / "manifest.json").read_bytes()
     few = samples.write_rows(tmp_path / "few.tsv", ("text", "label"), samples.single_rows(random.Random(0), 199))
-    with pytest.raises(DataError, match=r"few.tsv has 199 texts, too few .* give 200 at least"):
+    with pytest.raises(DataError, match=r"few.tsv has 198 different texts, too few .* give 200 at least"):
         renew(folder, few, backbone, {})
     pairs = tmp_path / "pairs.tsv"
     samples.write_rows(pairs, ("text_a", "text_b", "label"), samples.pair_rows(random.Random(0), 250))
