@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import chdtrc
+from scipy.special import bdtr, bdtrc, chdtrc
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -38,6 +38,30 @@ def compare(live: Counts, baseline: Counts) -> tuple[Floats, Floats]:
     can_tell = (bins > 1) & (n[:, 0] > 0) & (m[:, 0] > 0)
     p_value = chdtrc(np.maximum(bins - 1, 1), np.where(can_tell, statistic, 0.0))
     return np.where(can_tell, np.maximum(psi - by_chance, 0.0), 0.0), np.where(can_tell, p_value, 1.0)
+
+
+def any_share_moved(live: Counts, texts: int, baseline: Counts, baseline_texts: int) -> float:
+    """The p-value of texts that each have any of some properties: [properties] texts that have each, of so many.
+
+    Properties that come together are no independent texts, so each stands alone beside those that lack it, and the
+    smallest p-value counts, times the number of them (Bonferroni); those that five texts are not expected to have, and
+    to lack, say nothing. Of those that have it (or lack it, where they are fewer) the live ones are binomial: exact for
+    the rare, where the chi-square distribution is too sure, and cautious for the common.
+    """
+    total = texts + baseline_texts
+    if not texts or not baseline_texts:
+        return 1.0
+    is_common = 2 * (live + baseline) > total
+    some = np.where(is_common, texts - live, live)
+    both = np.where(is_common, total - live - baseline, live + baseline)
+    both = np.maximum(both, some)  # whatever a manifest says
+    tested = both * (min(texts, baseline_texts) / total) >= _LEAST_EXPECTED
+    if not tested.any():
+        return 1.0
+    some, both = some[tested], both[tested]
+    share = texts / total
+    fewer, more = bdtr(some, both, share), np.where(some > 0, bdtrc(np.maximum(some - 1, 0), both, share), 1.0)
+    return float(min(1.0, 2 * np.minimum(fewer, more).min() * len(some)))
 
 
 def by_frequency(live: Counts, baseline: Counts) -> tuple[Counts, Counts]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from app.config import LEAST_WINDOW
 from app.domain import Baseline, Histogram, ProblemType, TaskVersion
 from app.engine.traits import Traits, answer_names
-from app.service.homogeneity import by_frequency, compare
+from app.service.homogeneity import any_share_moved, by_frequency, compare
 
 DRIFT_PSI, DRIFT_P_VALUE = 0.25, 0.01  # as the alert rules have them
 _MOST_COLUMNS = 32  # scores of a version that are looked at: the highest, and those of its commonest labels
@@ -73,6 +73,7 @@ class Window:
         for i, (histogram, row) in enumerate(columns):
             self._expected[i, : len(histogram.edges) - 1] = histogram.counts[row]
         self._offsets = np.arange(len(columns)) * bins
+        self._has_several = version.problem_type in (ProblemType.MULTI_LABEL, ProblemType.TOKEN)  # labels a text
         self._labels = np.array(baseline.labels, np.int64)  # [labels + 1], or [0]
         self._counts, self._label_counts = np.zeros_like(self._expected), np.zeros_like(self._labels)
         self._ring = np.zeros((size, len(columns) + (len(self._labels) + 7) // 8), np.uint8)
@@ -104,10 +105,17 @@ class Window:
             found.append(self._drift(part, psi[start:end], p_value[start:end]))
             start = end
         if len(self._labels):
-            live, baseline = by_frequency(self._label_counts, self._labels)
-            psi, p_value = compare(live[None], baseline[None])
-            found.insert(1 if found and found[0].kind is Kind.SCORE else 0, self._told(Kind.LABEL, psi[0], p_value[0]))
+            found.insert(1 if found and found[0].kind is Kind.SCORE else 0, self._label_drift())
         return found
+
+    def _label_drift(self) -> Drift:
+        """How the labels that were given are shared out; where a text may have several, each has a test of its own."""
+        live, baseline = by_frequency(self._label_counts, self._labels)
+        psi, p_values = compare(live[None], baseline[None])
+        p_value = float(p_values[0])
+        if self._has_several:
+            p_value = any_share_moved(live, self.texts, baseline, self._baseline_texts)
+        return self._told(Kind.LABEL, psi[0], p_value)
 
     def _drift(self, part: _Part, psi: NDArray[np.float64], p_value: NDArray[np.float64]) -> Drift:
         """Of several columns the one that moved most among those that surely moved (Bonferroni)."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import chi2_contingency
+from scipy.stats import binomtest, chi2_contingency
 
-from app.service.homogeneity import by_frequency, compare
+from app.service.homogeneity import any_share_moved, by_frequency, compare
 
 LIVE, BASELINE = [30, 50, 20, 100], [120, 100, 130, 250]
 
@@ -74,3 +74,35 @@ def test_the_p_value_of_noise_is_evenly_spread_and_its_index_small(bins: int) ->
     psi, p_value = compare(random.multinomial(500, shares, 2000), random.multinomial(800, shares, 2000))
     assert np.mean(p_value < 0.01) < 0.02 and 0.45 < np.mean(p_value) < 0.55 + 0.05 * (bins == 2)
     assert np.mean(psi > 0.1) < 0.02 and np.max(psi) < 0.25
+
+
+# -- what a text may have several of -----------------------------------------------------------------------------------
+
+
+def moved(live: list[int], texts: int, baseline: list[int], baseline_texts: int) -> float:
+    return any_share_moved(np.array(live), texts, np.array(baseline), baseline_texts)
+
+
+def test_one_property_is_a_binomial_test_and_the_smallest_of_several_counts_so_often() -> None:
+    alone = moved([30], 500, [20], 1000)
+    assert alone == pytest.approx(2 * binomtest(30, 50, 1 / 3, alternative="greater").pvalue)
+    assert moved([30, 50], 500, [20, 100], 1000) == pytest.approx(2 * alone)
+    assert moved([30, 1, 499], 500, [20, 2, 999], 1000) == alone  # too rare, or too rarely missing, to say anything
+
+
+def test_what_most_texts_have_is_looked_at_from_the_other_side() -> None:
+    assert moved([470], 500, [980], 1000) == pytest.approx(moved([30], 500, [20], 1000))
+
+
+@pytest.mark.parametrize("counts", [([0], 0, [5], 9), ([5], 9, [0], 0), ([2], 500, [1], 500), ([9], 9, [99], 9)])
+def test_of_too_little_no_property_says_anything(counts: tuple[list[int], int, list[int], int]) -> None:
+    assert moved(*counts) == 1.0
+
+
+@pytest.mark.parametrize(("texts", "baseline_texts"), [(200, 1000), (500, 800), (2000, 800)])
+def test_properties_that_come_in_threes_alarm_no_more_often_than_they_may(texts: int, baseline_texts: int) -> None:
+    random, shares = np.random.default_rng(texts), np.geomspace(0.02, 0.3, 9)
+    live, baseline = (np.repeat(random.binomial(n, shares, (3000, 9)), 3, 1) for n in (texts, baseline_texts))
+    found = [any_share_moved(a, texts, b, baseline_texts) for a, b in zip(live, baseline, strict=True)]
+    assert np.mean(np.array(found) < 0.01) < 0.005
+    assert moved([3 * texts // 10] + [texts // 10] * 27, texts, [baseline_texts // 10] * 28, baseline_texts) < 0.01

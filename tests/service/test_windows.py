@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,33 @@ def test_a_sure_and_small_difference_is_no_drift() -> None:
     found = {drift.kind: drift for drift in window.compare()}
     label = found[Kind.LABEL]
     assert label.p_value is not None and label.p_value < 1e-4 and not label.is_drifting
+
+
+def drawn(texts: int, counts: list[int]) -> np.ndarray:
+    """Scores [texts, labels]: high for so many of them."""
+    is_given = np.arange(texts)[:, None] < np.array(counts)
+    return np.where(np.random.default_rng(texts).permuted(is_given, axis=0), 0.9, 0.1)
+
+
+def test_labels_that_come_together_are_not_counted_as_texts_of_their_own() -> None:
+    """The same texts, with each label ten times: what chance explained before it explains still."""
+    tenfold = replace(TONE, labels=tuple(f"{name} {i}" for name in TONE.labels for i in range(10)), thresholds=())
+    rows = drawn(500, [100, 125, 75])
+    expected = drawn(1000, [200, 200, 200])
+    found = []
+    for version, times in ((replace(TONE, thresholds=()), 1), (tenfold, 10)):
+        encodings = [Encoding((10,) * 5, (0,) * 5)] * 1000
+        traits = [
+            traits_of(version, [TaskOutput(tuple(np.repeat(row, times).tolist())) for row in part], encodings[:n], 3)
+            for part, n in ((rows, 500), (expected, 1000))
+        ]
+        baseline = read_baseline({BASELINE: measured_baseline(version, traits[1])}, version)
+        assert baseline is not None
+        window = Window(version, baseline, 500)
+        window.add(traits[0])
+        (label,) = [drift for drift in window.compare() if drift.kind is Kind.LABEL]
+        found.append(label.p_value)
+    assert None not in found and min(found[0] or 0.0, found[1] or 0.0) > 0.01
 
 
 def test_the_label_whose_scores_moved_is_named() -> None:
