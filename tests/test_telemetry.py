@@ -39,8 +39,8 @@ def test_json_is_an_object_a_line_with_request_and_trace(capsys: pytest.CaptureF
     except ValueError:
         logging.getLogger("manifold").exception("it %s", "broke", extra={"request_id": "r-1"})
     logging.getLogger().handlers[0].flush()
-    (line,) = capsys.readouterr().err.splitlines()
-    event = json.loads(line)
+    (said,) = capsys.readouterr().err.splitlines()
+    event = json.loads(said)
     assert (event["level"], event["logger"], event["message"], event["request_id"]) == (
         "error",
         "manifold",
@@ -62,8 +62,8 @@ def test_a_caller_can_begin_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("text")
     logging.getLogger("manifold").info("%s", "GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
     logging.getLogger().handlers[0].flush()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(r"INFO manifold: GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(r"INFO manifold: GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
 
 
 class Slow(logs._Stream):
@@ -72,7 +72,11 @@ class Slow(logs._Stream):
 
     def write(self, text: str) -> None:
         assert self.opens.wait(10)
-        self.written.append(text.strip())
+        self.written += text.splitlines()
+
+
+def line(text: str) -> logging.LogRecord:
+    return logging.makeLogRecord({"name": "access", "msg": text})
 
 
 def test_lines_that_a_slow_reader_loses_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,21 +85,34 @@ def test_lines_that_a_slow_reader_loses_are_told(monkeypatch: pytest.MonkeyPatch
     aside = logs._Aside(logging.Formatter("%(message)s"), stream)
     number = 0
     while not aside._num_dropped:
-        aside.handle(logging.makeLogRecord({"name": "access", "msg": f"line {number}"}))
+        aside.handle(line(f"line {number}"))
         number += 1
     stream.opens.set()
-    wait_for(lambda: len(stream.written) == number - 1)
-    aside.handle(logging.makeLogRecord({"name": "access", "msg": "the last"}))
+    wait_for(lambda: stream.written == [f"line {kept}" for kept in range(number - 1)])
+    aside.handle(line("the last"))
     wait_for(lambda: stream.written[-2:] == ["1 lines were dropped: the log is read too slowly", "the last"])
     aside.close()
     assert not aside._thread.is_alive()
+
+
+def test_what_is_said_last_is_written_before_the_end() -> None:
+    stream = Slow()
+    stream.opens.set()
+    aside = logs._Aside(logging.Formatter("%(message)s"), stream)
+    for number in range(1000):
+        aside.handle(line(str(number)))
+    aside.flush()
+    assert stream.written == [str(number) for number in range(1000)]
+    aside.handle(line("the last"))
+    aside.close()
+    assert stream.written[-1] == "the last"
 
 
 def test_a_reader_that_stopped_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_MOST_WAIT_S", 0.05)
     stream = Slow()
     aside = logs._Aside(logging.Formatter("%(message)s"), stream)
-    aside.handle(logging.makeLogRecord({"name": "manifold", "msg": "nobody reads this"}))
+    aside.handle(line("nobody reads this"))
     aside.flush()
     aside.close()
     assert stream.written == []

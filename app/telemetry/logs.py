@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import re
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 ACCESS = "manifold.access"  # the logger with a line a request
 _OF_REQUEST = ("request_id", "trace_id", "span_id")
 _MOST_LINES = 10_000  # that wait to be written
+_GATHER_S = 0.02
+_LINES_TOGETHER = 100
 _MOST_WAIT_S = 2.0  # for a slow reader at the end
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a line, or a terminal
@@ -76,7 +79,8 @@ class _Stream:
 class _Aside(logging.Handler):
     """Writes on a thread of its own, so that a slow reader of the log holds nobody up: no answer, no swap, no end.
 
-    Lines that it cannot keep up with are dropped, and the next one that finds room says how many.
+    The thread takes what has gathered within some milliseconds: to wake it for each line would take more time than the
+    line. Lines that it cannot keep up with are dropped, and the next one that finds room says how many.
     """
 
     def __init__(self, formatter: logging.Formatter, stream: _Stream) -> None:
@@ -84,45 +88,60 @@ class _Aside(logging.Handler):
         self.setFormatter(formatter)
         self._stream = stream
         self._num_dropped = 0
-        self._waiting: queue.Queue[logging.LogRecord | threading.Event | None] = queue.Queue(_MOST_LINES)
+        self._waiting: deque[logging.LogRecord | threading.Event] = deque()  # an event: all before it is written
+        self._has_work, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
+    def createLock(self) -> None:
+        """None: a deque needs none, and nobody is to wait for the thread."""
+        self.lock = None
+
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            if self._num_dropped:
-                told = {"name": record.name, "levelno": logging.WARNING, "levelname": "WARNING"}
-                told["msg"] = f"{self._num_dropped} lines were dropped: the log is read too slowly"
-                self._waiting.put_nowait(logging.makeLogRecord(told))
-                self._num_dropped = 0
-            self._waiting.put_nowait(record)
-        except queue.Full:
+        if len(self._waiting) >= _MOST_LINES:
             self._num_dropped += 1
+            return
+        if self._num_dropped:
+            told = {"name": record.name, "levelno": logging.WARNING, "levelname": "WARNING"}
+            told["msg"] = f"{self._num_dropped} lines were dropped: the log is read too slowly"
+            self._num_dropped = 0
+            self._waiting.append(logging.makeLogRecord(told))
+        self._waiting.append(record)
+        if not self._has_work.is_set():
+            self._has_work.set()
 
     def flush(self) -> None:
         """Until all that waits is written, or for as long as anybody can be made to wait."""
-        written = threading.Event()
-        try:
-            self._waiting.put_nowait(written)
-        except queue.Full:
-            return
         if self._thread.is_alive():
+            written = threading.Event()
+            self._waiting.append(written)
+            self._has_work.set()
             written.wait(_MOST_WAIT_S)
 
     def close(self) -> None:
-        try:
-            self._waiting.put_nowait(None)
-            self._thread.join(_MOST_WAIT_S)
-        except queue.Full:
-            pass  # nobody reads: the thread ends with the process
+        self._closing.set()
+        self._has_work.set()
+        self._thread.join(_MOST_WAIT_S)  # where nobody reads, it ends with the process
         super().close()
 
     def _run(self) -> None:
-        while (waiting := self._waiting.get()) is not None:
-            if isinstance(waiting, threading.Event):
-                waiting.set()
-                continue
-            try:
-                self._stream.write(self.format(waiting) + "\n")
-            except Exception:  # the thread must outlive a stream that breaks and a record that has no text
-                self._num_dropped += 1
+        while not self._closing.is_set():
+            self._has_work.wait()
+            self._closing.wait(_GATHER_S)
+            self._has_work.clear()
+            self._write_all()
+        self._write_all()  # what came between
+
+    def _write_all(self) -> None:
+        while self._waiting:
+            self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), _LINES_TOGETHER))])
+
+    def _write(self, taken: Sequence[logging.LogRecord | threading.Event]) -> None:
+        lines = [one for one in taken if isinstance(one, logging.LogRecord)]
+        try:
+            self._stream.write("".join(f"{self.format(line)}\n" for line in lines))
+        except Exception:  # the thread must outlive a stream that breaks and a record that has no text
+            self._num_dropped += len(lines)
+        for one in taken:
+            if isinstance(one, threading.Event):
+                one.set()
