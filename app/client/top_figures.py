@@ -31,8 +31,6 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Of one route, or of a whole server."""
-
     route: str
     rate: float | None
     failed: float | None

@@ -65,7 +65,7 @@ def view(frame: Frame, order: str, room: ConsoleDimensions) -> RenderableType:
     """What fits a terminal of this size: the tasks that come first in the order, changes on at most a third of it."""
     head, changes = list(_head(frame)), list(_changes(frame))
     rows = [row for group in groups(frame.tasks, frame.between, order) for row in group]
-    left = room.height - len(head) - 3  # an empty line, the headings, and what says how many are left out
+    left = max(room.height - len(head) - 3, 0)  # an empty line, the headings, and what says how many are left out
     if len(rows) + len(changes) > left:
         changes = changes[: max(left - len(rows), left // 3)]
         changes = changes if len(changes) > _CHANGES_HEAD else []
