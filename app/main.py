@@ -65,7 +65,7 @@ from app.service.runtime import Runtime
 from app.service.upkeep import Upkeep
 from app.service.watching import Watch, Watcher
 from app.service.why import Why
-from app.telemetry.logs import configure_logging
+from app.telemetry.logs import configure_logging, flush_logging
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import NOT_TRACING, Tracing
 
@@ -275,6 +275,13 @@ def check_host(settings: Settings, has_keys: bool) -> None:
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT, drains, returns the exit status. Raises ManifoldError where it cannot start."""
     configure_logging(settings.log_format)
+    try:
+        return _serve(settings)
+    finally:
+        flush_logging()  # what is said of the end comes behind
+
+
+def _serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_loading)  # there is nothing to drain yet
     began_s = time.monotonic()

@@ -62,6 +62,12 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # it warns of each header that a client got wrong
 
 
+def flush_logging() -> None:
+    """Until all that was said is written, or for as long as a slow reader may make anybody wait."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+
+
 class _Stream:
     """Standard error without Python's buffer, whose lock a reader that stopped would hold for ever."""
 
