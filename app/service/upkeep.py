@@ -6,7 +6,6 @@ Runs on a thread of its own; no request ever waits for it. Knows nothing of how 
 from __future__ import annotations
 
 import logging
-import threading
 
 from app.errors import NotFoundError, UnavailableError
 from app.registry.comparison import Comparisons
@@ -14,6 +13,7 @@ from app.registry.index import Index
 from app.service.experiment import Recorder, flush
 from app.service.gates import Trip, find_trips
 from app.service.hot_swap import Follower
+from app.service.rounds import Rounds
 from app.telemetry.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -36,18 +36,14 @@ class Upkeep:
         self._recorder, self._comparisons, self._index = recorder, comparisons, index
         self._follower, self._metrics = follower, metrics
         self._feedback_window_s = max(1, round(feedback_window_s))
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+        self._rounds = Rounds("upkeep", _EVERY_S, self.once)
 
     def start(self) -> None:
-        self._thread.start()
+        self._rounds.start()
 
     def close(self) -> None:
         """What was counted last is handed over first."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self.once()
+        self._rounds.close()
 
     def once(self) -> None:
         try:
@@ -74,7 +70,3 @@ class Upkeep:
             logger.warning("the canary of %s is over, the champion answers alone: %s", trip.task, trip.reason)
             self._metrics.rolled_back(trip.task, ACTOR)
             self._follower.sync()
-
-    def _run(self) -> None:
-        while not self._closing.wait(_EVERY_S):
-            self.once()

@@ -6,7 +6,6 @@ Knows nothing of what watchers do with it.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Protocol
 from app.service.answers import Answer
 from app.service.dispatch import Reading
 from app.service.resolve import Target
+from app.service.rounds import Rounds
 from app.service.usage import Timings, Usage
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class Watch:
         self._waiting: deque[tuple[Served, int]] = deque()  # with its bytes
         self._max_waiting, self._max_waiting_bytes = max_waiting, max_waiting_bytes
         self._added_bytes, self._taken_bytes = 0, 0  # so far: each is written by one thread alone, and needs no lock
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._rounds = Rounds("watch", _EVERY_S, self.once)
 
     def served(self, served: Served) -> None:
         if not self._watchers:
@@ -100,14 +99,11 @@ class Watch:
             self._dropped(1)
 
     def start(self) -> None:
-        self._thread.start()
+        self._rounds.start()
 
     def close(self) -> None:
         """What was served last is handed over first."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join()
-        self.once()
+        self._rounds.close()
         for watcher in self._watchers:
             try:
                 watcher.close()
@@ -137,7 +133,3 @@ class Watch:
             logger.info("%s works again", type(watcher).__name__)
         self._failing.discard(place)
         return True
-
-    def _run(self) -> None:
-        while not self._closing.wait(_EVERY_S):
-            self.once()

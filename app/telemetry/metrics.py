@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from app.telemetry.batch import Batch
 from app.telemetry.series import DriftSeries, ScoreSeries
 
 # Otherwise each counter and histogram has a second series beside it, which nobody asks for.
@@ -54,25 +55,6 @@ _STAGE_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-
-
-class Batch(Protocol):
-    """What is counted of one batch of the engine."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def collate_s(self) -> float: ...
-    @property
-    def forward_s(self) -> float: ...
-    @property
-    def heads_s(self) -> float: ...
-    @property
-    def shares(self) -> Mapping[tuple[str, int], float]: ...
-    @property
-    def passes(self) -> float: ...
 
 
 class Metrics:

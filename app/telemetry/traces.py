@@ -29,8 +29,9 @@ from opentelemetry.trace import (
     format_trace_id,
 )
 
+from app.telemetry.batch import Batch
 from app.telemetry.outlet import Outlet
-from app.telemetry.tracing import Attribute, Batch, Caller, Description, Trace, Tracing
+from app.telemetry.tracing import Attribute, Caller, Description, Trace, Tracing
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+
+from app.telemetry.batch import Batch
 
 Attribute = str | int | float | bool | Sequence[str]
 
@@ -66,29 +67,6 @@ class Trace:
 
 
 UNTRACED = Trace()
-
-
-class Batch(Protocol):
-    """What is told of one batch of the engine. Times are on time.monotonic()."""
-
-    @property
-    def contexts(self) -> Sequence[object]: ...
-    @property
-    def began_s(self) -> float: ...
-    @property
-    def ended_s(self) -> float: ...
-    @property
-    def collate_s(self) -> float: ...
-    @property
-    def forward_s(self) -> float: ...
-    @property
-    def heads_s(self) -> float: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def passes(self) -> float: ...
 
 
 class Tracing:
