@@ -234,7 +234,7 @@ def _open_traces(settings: Settings, server: str, metrics: Metrics) -> Tracing:
         "service.version": health.software_version(),
         "service.instance.id": server,
     }
-    return Traces(Outlet(settings.otlp_endpoint, metrics.spans_dropped), settings.trace_sample, resource)
+    return Traces(Outlet(settings.otlp_endpoint, resource, metrics.spans_dropped), settings.trace_sample)
 
 
 def _open_predictions(settings: Settings) -> PredictionStore | None:

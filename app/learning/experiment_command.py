@@ -14,7 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.learning import experiment_report
-from app.learning.experiment import ALL, FULL, QUICK, Cell, Experiment, Outcome, Plan, Results, Sets, cells, header
+from app.learning.experiment import (
+    ALL,
+    FULL,
+    QUICK,
+    Cell,
+    Experiment,
+    Outcome,
+    Plan,
+    Results,
+    Sets,
+    cells,
+    header,
+    wide,
+)
 from app.learning.terminal import add_machine_arguments, backbones, guarded
 
 _DESCRIPTION = """Run the experiment of Huang et al. 2023 (arXiv 2305.13499): prefixes of source tasks, trained
@@ -30,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION.format(sets=", ".join((*FULL.sources, *FULL.targets)))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="three sources, three targets, one seed: ten minutes")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="three sources, three targets, one seed: ten minutes")
+    size.add_argument(
+        "--rows", type=_rows, metavar="N", help="all sets, N rows of each source, few of a target: an hour a seed"
+    )
     parser.add_argument("--out", type=Path, default=Path("EXPERIMENT.md"), metavar="FILE", help="default %(default)s")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="default 0,1,2, with --quick 0")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run was interrupted")
@@ -53,10 +70,23 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def _rows(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" is no number of rows, like 800')
+    return int(text)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    plan = FULL
+    if args.quick:
+        plan = QUICK
+    elif args.rows:
+        plan = wide(args.rows)
+    return replace(plan, seeds=args.seeds) if args.seeds else plan
+
+
 def _run(args: argparse.Namespace) -> int:
-    plan = QUICK if args.quick else FULL
-    if args.seeds:
-        plan = replace(plan, seeds=args.seeds)
+    plan = _plan(args)
     sets = Sets(plan, args.data)
     backbone = backbones(args)[0]
     results = Results(args.out.parent / "results.jsonl", header(plan, sets, backbone.spec), args.resume)
@@ -89,8 +119,8 @@ def _story(
 
 
 def _command(args: argparse.Namespace, plan: Plan) -> str:
-    quick = " --quick" if args.quick else ""
-    return f"manifold experiment --data DATA{quick} --seeds {','.join(map(str, plan.seeds))}"
+    size = " --quick" if args.quick else f" --rows {args.rows}" if args.rows else ""
+    return f"manifold experiment --data DATA{size} --seeds {','.join(map(str, plan.seeds))}"
 
 
 def _machine(backbone: Backbone) -> str:

@@ -1,6 +1,6 @@
 """Sends spans to an OTLP receiver over HTTP, aside: whoever hands one over never waits, and a receiver may be gone.
 
-Knows nothing of what spans say. Takes nothing from OTEL_* variables, which the SDK's own exporter would obey.
+Knows nothing of what spans say. Takes nothing from OTEL_* variables: settings say what there is to say.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import httpx2
 from google.protobuf.message import DecodeError
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from app.telemetry.spans import Span, encode
 
 logger = logging.getLogger(__name__)
 
 _MOST_WAITING = 8192  # spans
-_BATCH_SPANS = 256
-_EVERY_MS = 1000
+_BATCH_SPANS = 512  # they are sent when so many wait, or after a while
+_EVERY_S = 1.0
 _TIMEOUT_S = 5.0  # of one try
 _WAITS_S = (0.5, 1.0, 2.0)  # before another
 _RETRIED = frozenset({429, 502, 503, 504})  # as the OTLP specification says
@@ -35,58 +34,74 @@ _HEADERS = {"content-type": "application/x-protobuf"}
 
 
 class Outlet:
-    """A bounded queue, and a thread of the SDK's that empties it. `send` from any thread."""
+    """A bounded queue, and a thread that empties it. `send` from any thread."""
 
-    def __init__(self, endpoint: str, dropped: Callable[[int], None], most_waiting: int = _MOST_WAITING) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        resource: Mapping[str, str],
+        dropped: Callable[[int], None],
+        most_waiting: int = _MOST_WAITING,
+    ) -> None:
         """`dropped` hears how many spans are lost: no room, or the receiver did not take them."""
         self._dropped = dropped
         self._most_waiting = most_waiting
+        self._waiting: deque[Sequence[Span]] = deque()
         self._num_waiting = 0
         self._lock = threading.Lock()
-        self._exporter = _Exporter(signal_url(endpoint), self._taken, dropped)
-        self._processor = BatchSpanProcessor(
-            self._exporter,
-            max_queue_size=most_waiting,
-            schedule_delay_millis=_EVERY_MS,
-            max_export_batch_size=min(_BATCH_SPANS, most_waiting),
-            export_timeout_millis=1000 * _TIMEOUT_S,
-            meter_provider=NoOpMeterProvider(),
-        )
+        self._has_many, self._closing = threading.Event(), threading.Event()
+        self._post = _Post(endpoint, resource, dropped)
+        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
+        self._thread.start()
 
-    def send(self, spans: Sequence[ReadableSpan]) -> None:
-        """All of them or none: half a trace misleads. The SDK would throw out older ones, and not say how many."""
+    def send(self, spans: Sequence[Span]) -> None:
+        """All of them or none: half a trace misleads."""
         with self._lock:
             has_room = self._num_waiting + len(spans) <= self._most_waiting
             if has_room:
                 self._num_waiting += len(spans)
+                self._waiting.append(spans)
         if not has_room:
             self._dropped(len(spans))
-            return
-        for span in spans:
-            self._processor.on_end(span)
+        elif self._num_waiting >= _BATCH_SPANS and not self._has_many.is_set():
+            self._has_many.set()
 
     def close(self) -> None:
         """What waits is sent, for a bounded time: the thread that sends is left behind where it hangs."""
-        self._exporter.hurry(time.monotonic() + _FLUSH_S)
-        ending = threading.Thread(target=self._processor.shutdown, name="traces-end", daemon=True)
-        ending.start()
-        ending.join(_FLUSH_S)
+        self._post.hurry(time.monotonic() + _FLUSH_S)
+        self._closing.set()
+        self._has_many.set()
+        self._thread.join(_FLUSH_S)
 
-    def _taken(self, count: int) -> None:
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self._has_many.wait(_EVERY_S)
+            self._has_many.clear()
+            while taken := self._take():
+                self._post.send(taken)
+        while taken := self._take():  # what came between
+            self._post.send(taken)
+        self._post.close()
+
+    def _take(self) -> list[Span]:
+        taken: list[Span] = []
         with self._lock:
-            self._num_waiting -= count
+            while self._waiting and (not taken or len(taken) + len(self._waiting[0]) <= _BATCH_SPANS):
+                taken += self._waiting.popleft()
+            self._num_waiting -= len(taken)
+        return taken
 
 
 class _RefusedError(Exception):
     pass
 
 
-class _Exporter(SpanExporter):
-    """On the SDK's thread. Tells of failures now and then, and never raises."""
+class _Post:
+    """On the outlet's thread. Tells of failures now and then, and never raises."""
 
-    def __init__(self, url: str, taken: Callable[[int], None], dropped: Callable[[int], None]) -> None:
-        self._url, self._taken, self._dropped = url, taken, dropped
-        self._shown = urlsplit(url).netloc.rpartition("@")[2]  # without a password
+    def __init__(self, endpoint: str, resource: Mapping[str, str], dropped: Callable[[int], None]) -> None:
+        self._url, self._resource, self._dropped = signal_url(endpoint), resource, dropped
+        self._shown = urlsplit(self._url).netloc.rpartition("@")[2]  # without a password
         # Proxies and passwords that the environment names are not meant for this.
         self._client = httpx2.Client(timeout=_TIMEOUT_S, trust_env=False, verify=ssl.create_default_context())
         self._until_s: float | None = None  # on time.monotonic(): no try goes on longer
@@ -98,31 +113,28 @@ class _Exporter(SpanExporter):
         self._until_s = until_s
         self._hurrying.set()
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self._taken(len(spans))
+    def send(self, spans: Sequence[Span]) -> None:
         try:
-            self._deliver(encode_spans(spans).SerializeToString())
+            self._deliver(encode(spans, self._resource))
         except Exception as error:  # whatever it is: these are lost, and the next may arrive
             self._lost(len(spans), str(error) or type(error).__name__)
-            return SpanExportResult.FAILURE
-        return SpanExportResult.SUCCESS
 
-    def shutdown(self) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def _deliver(self, body: bytes) -> None:
         for wait_s in _WAITS_S:
             try:
-                response = self._post(body)
+                response = self._try(body)
             except httpx2.TransportError:
                 pass
             else:
                 if response.status_code not in _RETRIED:
                     return self._check(response)
             self._hurrying.wait(wait_s)
-        self._check(self._post(body))
+        self._check(self._try(body))
 
-    def _post(self, body: bytes) -> httpx2.Response:
+    def _try(self, body: bytes) -> httpx2.Response:
         left_s = _TIMEOUT_S if self._until_s is None else min(_TIMEOUT_S, self._until_s - time.monotonic())
         if left_s <= 0:
             raise TimeoutError("the server stops, and the receiver is too slow")

@@ -45,8 +45,8 @@ def receiver() -> Iterator[Receiver]:
 def traced(
     settings: Settings, engine: FakeEngine, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TestClient]:
-    monkeypatch.setattr(outlets, "_EVERY_MS", 20)
-    traces = Traces(Outlet(receiver.endpoint, lambda count: None), 1.0, {})
+    monkeypatch.setattr(outlets, "_EVERY_S", 0.02)
+    traces = Traces(Outlet(receiver.endpoint, {}, lambda count: None), 1.0)
     app = create_app(settings, make_runtime(settings, engine, traces=traces))
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as opened:
         yield opened
@@ -59,7 +59,7 @@ def lines(caplog: pytest.LogCaptureFixture, logger: str) -> list[dict[str, objec
 
 def test_who_has_no_key_leaves_no_span(settings: Settings, engine: FakeEngine, receiver: Receiver) -> None:
     guarded = settings.model_copy(update={"admin_key": SecretStr("a-secret-of-the-admin")})
-    traces = Traces(Outlet(receiver.endpoint, lambda count: None), 1.0, {})
+    traces = Traces(Outlet(receiver.endpoint, {}, lambda count: None), 1.0)
     app = create_app(guarded, make_runtime(guarded, engine, traces=traces))
     with TestClient(app, base_url="http://127.0.0.1") as client:
         for key in ("wrong", "a-secret-of-the-admin"):

@@ -6,12 +6,9 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import SpanContext, TraceFlags
-
 from app.telemetry import outlet as outlets
 from app.telemetry.outlet import Outlet, signal_url
+from app.telemetry.spans import Context, Span
 from tests.otlp import Receiver, receiving
 from tests.serving import wait_for
 
@@ -24,15 +21,16 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlets, "_EVERY_MS", 20)
+    monkeypatch.setattr(outlets, "_EVERY_S", 0.02)
     monkeypatch.setattr(outlets, "_WAITS_S", (0.01, 0.01))
     monkeypatch.setattr(outlets, "_FLUSH_S", 0.5)
 
 
-def spans(*names: str) -> list[ReadableSpan]:
-    context = SpanContext(1, 2, False, TraceFlags(TraceFlags.SAMPLED))
-    resource = Resource({"service.name": "tested"})
-    return [ReadableSpan(name, context, resource=resource, start_time=1, end_time=2) for name in names]
+RESOURCE = {"service.name": "tested"}
+
+
+def spans(*names: str) -> list[Span]:
+    return [Span(name, Context.below(None), None, 1.0, 2.0) for name in names]
 
 
 def test_an_endpoint_is_for_all_signals_or_names_this_one() -> None:
@@ -56,7 +54,7 @@ def test_spans_arrive_and_nothing_of_the_environment_meddles(
     }.items():
         monkeypatch.setenv(name, value)
     lost: list[int] = []
-    outlet = Outlet(receiver.endpoint, lost.append)
+    outlet = Outlet(receiver.endpoint, RESOURCE, lost.append)
     outlet.send(spans("a", "b"))
     receiver.wait_for("b")
     outlet.close()
@@ -67,9 +65,9 @@ def test_spans_arrive_and_nothing_of_the_environment_meddles(
 
 
 def test_what_waits_at_the_end_is_sent(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlets, "_EVERY_MS", 60_000)
+    monkeypatch.setattr(outlets, "_EVERY_S", 60.0)
     monkeypatch.setattr(outlets, "_FLUSH_S", 30)
-    outlet = Outlet(receiver.endpoint, lambda count: None)
+    outlet = Outlet(receiver.endpoint, RESOURCE, lambda count: None)
     outlet.send(spans("last"))
     outlet.close()
     assert len(receiver.named("last")) == 1
@@ -78,7 +76,7 @@ def test_what_waits_at_the_end_is_sent(receiver: Receiver, monkeypatch: pytest.M
 def test_a_receiver_that_is_busy_is_asked_again(receiver: Receiver) -> None:
     receiver.statuses = [503, 429]
     lost: list[int] = []
-    outlet = Outlet(receiver.endpoint, lost.append)
+    outlet = Outlet(receiver.endpoint, RESOURCE, lost.append)
     outlet.send(spans("a"))
     receiver.wait_for("a")
     outlet.close()
@@ -88,7 +86,7 @@ def test_a_receiver_that_is_busy_is_asked_again(receiver: Receiver) -> None:
 def test_what_is_refused_is_counted_and_told_once(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.statuses = [400, 400]
     lost: list[int] = []
-    outlet = Outlet(receiver.endpoint.replace("http://", "http://me:secret@"), lost.append)
+    outlet = Outlet(receiver.endpoint.replace("http://", "http://me:secret@"), RESOURCE, lost.append)
     for _ in range(2):
         already = len(lost)
         outlet.send(spans("a", "b", "c"))
@@ -105,7 +103,7 @@ def test_what_is_refused_is_counted_and_told_once(receiver: Receiver, caplog: py
 def test_spans_that_a_receiver_takes_in_part_are_counted(receiver: Receiver) -> None:
     receiver.num_rejected = 2
     lost: list[int] = []
-    outlet = Outlet(receiver.endpoint, lost.append)
+    outlet = Outlet(receiver.endpoint, RESOURCE, lost.append)
     outlet.send(spans("a", "b", "c"))
     wait_for(lambda: lost == [2])
     outlet.close()
@@ -114,7 +112,7 @@ def test_spans_that_a_receiver_takes_in_part_are_counted(receiver: Receiver) -> 
 def test_where_there_is_no_room_whole_traces_are_dropped_and_counted(receiver: Receiver) -> None:
     receiver.answers.clear()
     lost: list[int] = []
-    outlet = Outlet(receiver.endpoint, lost.append, most_waiting=4)
+    outlet = Outlet(receiver.endpoint, RESOURCE, lost.append, most_waiting=4)
     outlet.send(spans("sending"))
     wait_for(lambda: outlet._num_waiting == 0)  # it has left, and nobody answers
     outlet.send(spans("a", "b", "c"))
@@ -131,7 +129,7 @@ def test_where_there_is_no_room_whole_traces_are_dropped_and_counted(receiver: R
 def test_a_receiver_that_never_answers_does_not_hold_up_the_end(receiver: Receiver) -> None:
     receiver.answers.clear()
     lost: list[int] = []
-    outlet = Outlet(receiver.endpoint, lost.append)
+    outlet = Outlet(receiver.endpoint, RESOURCE, lost.append)
     outlet.send(spans("a"))
     wait_for(lambda: outlet._num_waiting == 0)
     outlet.send(spans("b"))
@@ -143,7 +141,7 @@ def test_a_receiver_that_is_gone_loses_what_is_sent_and_nothing_else() -> None:
     with receiving() as receiver:
         endpoint = receiver.endpoint
     lost: list[int] = []
-    outlet = Outlet(endpoint, lost.append)
+    outlet = Outlet(endpoint, RESOURCE, lost.append)
     outlet.send(spans("a", "b"))
     wait_for(lambda: lost == [2])
     outlet.send(spans("c"))

@@ -11,7 +11,7 @@ from app.domain import BatchReport
 from app.telemetry import outlet as outlets
 from app.telemetry.outlet import Outlet
 from app.telemetry.traces import Traces
-from app.telemetry.tracing import Caller, Description, Trace
+from app.telemetry.tracing import Attribute, Caller, Description, Trace
 from tests.otlp import Receiver, receiving, said
 
 CALLER = Caller("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331", True, "rojo=00f0,congo=t61")
@@ -26,14 +26,14 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def traces(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
-    monkeypatch.setattr(outlets, "_EVERY_MS", 20)
+    monkeypatch.setattr(outlets, "_EVERY_S", 0.02)
     opened = tracing(receiver)
     yield opened
     opened.close()
 
 
 def tracing(receiver: Receiver, sample: float = 1.0) -> Traces:
-    return Traces(Outlet(receiver.endpoint, lambda count: None), sample, {"service.name": "tested"})
+    return Traces(Outlet(receiver.endpoint, {"service.name": "tested"}, lambda count: None), sample)
 
 
 def batch(*requests: Trace) -> BatchReport:
@@ -59,11 +59,31 @@ def test_a_request_is_its_callers_child_and_the_parent_of_its_stages(traces: Tra
     assert stage.end_time_unix_nano - stage.start_time_unix_nano == pytest.approx(0.25e9, abs=1e3)
 
 
-@pytest.mark.parametrize("tracestate", ["", "not a state", "a=" + "b" * 600])
+@pytest.mark.parametrize("tracestate", ["", "not a state", "a=" + "b" * 600, "a=1,b", "a=1\n", ","])
 def test_a_state_that_is_not_valid_is_left_out(traces: Traces, receiver: Receiver, tracestate: str) -> None:
     traces.begin(Caller(CALLER.trace_id, CALLER.span_id, True, tracestate)).end(lambda: DONE)
     (request,) = receiver.wait_for("POST /v1/predict")
     assert (request.trace_id.hex(), request.trace_state) == (CALLER.trace_id, "")
+
+
+def test_a_caller_is_in_another_process_and_what_it_makes_us_do_is_not(traces: Traces, receiver: Receiver) -> None:
+    trace = traces.begin(CALLER)
+    trace.staged("tokenize", 1.0, 2.0)
+    trace.end(lambda: DONE)
+    (request,) = receiver.wait_for("POST /v1/predict")
+    stage = receiver.below(request)["tokenize"]
+    assert [span.flags & bit for span in (request, stage) for bit in (0x100, 0x200)] == [
+        *(0x100, 0x200),
+        *(0x100, 0),
+    ]
+
+
+@pytest.mark.parametrize("value", ["text", "\udc80 half", True, 7, 0.5, ["a", "b"]])
+def test_what_is_said_of_a_request_keeps_its_kind(traces: Traces, receiver: Receiver, value: Attribute) -> None:
+    traces.begin(None).end(lambda: Description("one", {"it": value}))
+    (request,) = receiver.wait_for("one")
+    found = said(request)["it"]
+    assert (type(found), found) == (type(value), "? half" if value == "\udc80 half" else value)
 
 
 def test_a_fault_of_ours_is_the_spans_status(traces: Traces, receiver: Receiver) -> None:

@@ -1,0 +1,129 @@
+"""Spans, and how they look as OTLP. Knows nothing of what they are of, nor where they go."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.proto.trace.v1 import trace_pb2 as otlp
+
+from app.telemetry.tracing import Attribute, Caller
+
+_LONGEST_STATE = 512  # characters; of a longer one nothing is kept
+_MEMBER = r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}"
+_STATE = re.compile(rf"[ \t]*{_MEMBER}(?:[ \t]*,[ \t]*{_MEMBER})*[ \t]*")
+_SAMPLED = 1
+_KNOWS_IF_REMOTE, _IS_REMOTE = 0x100, 0x200  # whether the parent is in another process
+_SCOPE = InstrumentationScope(name="manifold")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What names a span."""
+
+    trace_id: bytes  # 16
+    span_id: bytes  # 8
+    state: str = ""
+    is_remote: bool = False
+
+    @staticmethod
+    def below(parent: Context | None) -> Context:
+        """Of a new span within `parent`, or of a new trace."""
+        if parent is None:
+            return Context(_new_id(16), _new_id(8))
+        return Context(parent.trace_id, _new_id(8), parent.state)
+
+    @staticmethod
+    def of(caller: Caller) -> Context:
+        """What is no valid state is left out, as W3C asks."""
+        state = caller.tracestate
+        is_valid = len(state) <= _LONGEST_STATE and _STATE.fullmatch(state) is not None
+        return Context(bytes.fromhex(caller.trace_id), bytes.fromhex(caller.span_id), state if is_valid else "", True)
+
+
+def _new_id(size: int) -> bytes:
+    """Not all zeros, which would be none."""
+    return random.randrange(1, 1 << 8 * size).to_bytes(size, "big")
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """Moments are on time.monotonic()."""
+
+    name: str
+    context: Context
+    parent: Context | None = None
+    began_s: float = field(default_factory=time.monotonic)
+    ended_s: float = 0.0
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    links: Sequence[Context] = ()
+    fault: str | None = None  # why it failed, where it did
+    is_request: bool = False  # that came from outside
+
+    def part(self, name: str, began_s: float, ended_s: float) -> Span:
+        return Span(name, Context.below(self.context), self.context, began_s, ended_s)
+
+
+def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
+    """An ExportTraceServiceRequest."""
+    unix_ns = time.time_ns() - time.monotonic_ns()
+    scoped = otlp.ScopeSpans(scope=_SCOPE, spans=[_encoded(span, unix_ns) for span in spans])
+    of = otlp.ResourceSpans(resource=Resource(attributes=_attributes(resource)), scope_spans=[scoped])
+    return ExportTraceServiceRequest(resource_spans=[of]).SerializeToString()
+
+
+def _encoded(span: Span, unix_ns: int) -> otlp.Span:
+    """`unix_ns`: what time.monotonic() is behind the time since 1970."""
+    context, parent = span.context, span.parent
+    made = otlp.Span(
+        trace_id=context.trace_id,
+        span_id=context.span_id,
+        name=span.name,
+        kind=otlp.Span.SPAN_KIND_SERVER if span.is_request else otlp.Span.SPAN_KIND_INTERNAL,
+        start_time_unix_nano=unix_ns + round(span.began_s * 1e9),
+        end_time_unix_nano=unix_ns + round(span.ended_s * 1e9),
+        trace_state=context.state,
+        flags=_SAMPLED | _flags(parent),
+    )
+    if parent is not None:
+        made.parent_span_id = parent.span_id
+    if span.attributes:
+        made.attributes.extend(_attributes(span.attributes))
+    for link in span.links:
+        made.links.add(trace_id=link.trace_id, span_id=link.span_id, trace_state=link.state, flags=_flags(link))
+    if span.fault is not None:
+        made.status.code, made.status.message = otlp.Status.STATUS_CODE_ERROR, _clean(span.fault)
+    return made
+
+
+def _flags(other: Context | None) -> int:
+    return _KNOWS_IF_REMOTE | (_IS_REMOTE if other is not None and other.is_remote else 0)
+
+
+def _attributes(attributes: Mapping[str, Attribute]) -> list[KeyValue]:
+    return [KeyValue(key=name, value=_value(value)) for name, value in attributes.items()]
+
+
+def _value(value: Attribute) -> AnyValue:
+    match value:
+        case str():
+            return AnyValue(string_value=_clean(value))
+        case bool():  # before int, which it also is
+            return AnyValue(bool_value=value)
+        case int():
+            return AnyValue(int_value=value)
+        case float():
+            return AnyValue(double_value=value)
+        case _:
+            return AnyValue(array_value=ArrayValue(values=[AnyValue(string_value=_clean(item)) for item in value]))
+
+
+def _clean(text: str) -> str:
+    """Half a surrogate pair is nothing that can be sent."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
