@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import random
 import re
 import time
 from functools import lru_cache
@@ -257,7 +257,7 @@ def _request_id(given: str | None) -> str:
     """The caller's own id where it is short and plain, so that it can stand in any log; else a new one."""
     if given and len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given
-    return os.urandom(16).hex()
+    return f"{random.getrandbits(128):032x}"  # it is no secret; a call of the system would let go of the interpreter
 
 
 def _takes_artifact(scope: Scope) -> bool:

@@ -68,25 +68,30 @@ class PredictionLog:
     # -- on the watch's thread -----------------------------------------------------------------------------------------
 
     def take_in(self, served: Sequence[Served]) -> None:
-        for request in served:
-            if is_sampled(request.request_id, self._sample):
-                self._take(request)
+        sampled = (request for request in served if is_sampled(request.request_id, self._sample))
+        lines = [made for made in map(self._lines, sampled) if made is not None]
+        if not lines:
+            return
+        dropped = 0
+        with self._changed:  # once: to wake the other thread takes longer than a line
+            for one in lines:
+                if self._waiting_bytes + len(one.content) <= self._most_waiting_bytes:
+                    self._waiting.append(one)
+                    self._waiting_bytes += len(one.content)
+                else:
+                    dropped += one.rows
+            self._changed.notify()
+        if dropped:
+            self._metrics.log_dropped("slow", dropped)
 
-    def _take(self, request: Served) -> None:
+    def _lines(self, request: Served) -> _Lines | None:
         rows = count_rows(request)
         try:
-            lines = _Lines(to_lines(request, self._has_texts), rows)
+            return _Lines(to_lines(request, self._has_texts), rows)
         except Exception:
             logger.exception("a request is not in the prediction log", extra={"request_id": request.request_id})
             self._metrics.log_dropped("error", rows)
-            return
-        with self._changed:
-            if self._waiting_bytes + len(lines.content) <= self._most_waiting_bytes:
-                self._waiting.append(lines)
-                self._waiting_bytes += len(lines.content)
-                self._changed.notify()
-                return
-        self._metrics.log_dropped("slow", rows)
+            return None
 
     def close(self) -> None:
         """What waits is written first, as far as it can be in a few seconds."""

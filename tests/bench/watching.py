@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,6 +42,7 @@ MOST_SCRAPE_MS = 50.0
 OFF, ON, FULL, MANY = "off", "on", "on, every request traced", "many"
 ORDERS = ((OFF, ON, FULL), (FULL, ON, OFF), (ON, OFF, FULL), (FULL, OFF, ON))  # so that none is always behind another
 SAMPLE = 0.1  # share of requests that is traced
+SCRAPE_S = 5.0  # between scrapes; docker/prometheus asks each 15 s
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ SEVERAL = Traffic("five tasks of 261 labels, 64 tokens", ("banking", "emotion", 
 @dataclass
 class Found:
     loads: dict[tuple[str, str], list[Load]] = field(default_factory=dict)  # by traffic and server
+    cpu_us: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)  # a request: see cpu_us()
     scrapes_ms: dict[str, list[float]] = field(default_factory=dict)  # by whether the server had other work
     p99_ms: dict[bool, list[float]] = field(default_factory=dict)  # by whether it was scraped meanwhile
     scrape_bytes: int = 0
@@ -130,24 +132,44 @@ def scraping(one: Running, every_s: float) -> Iterator[None]:
 
 
 def measure_cost(
-    servers: dict[str, Running], texts: dict[str, TextSet], rounds: int, seconds: int, found: Found
-) -> None:
-    start = 0
+    servers: dict[str, Running],
+    texts: dict[str, TextSet],
+    threads: int,
+    rounds: int,
+    seconds: int,
+    start: int,
+    found: Found,
+) -> int:
+    """Returns where the next texts begin. The `threads` that take most time are those that the layers run on."""
     for number in range(rounds + 1):  # the first is for warming up
         for traffic in (ONE, SEVERAL):
             for name in ORDERS[number % len(ORDERS)]:
                 one = servers[name]
                 one.resume()
+                before_us = cpu_us(one.process.pid)
                 if name != OFF:
-                    with scraping(one, 1.0):
+                    with scraping(one, SCRAPE_S):
                         load = run_wrk(one.url, [traffic.call], texts[traffic.length].file, CONNECTIONS, seconds, start)
                 else:
                     load = run_wrk(one.url, [traffic.call], texts[traffic.length].file, CONNECTIONS, seconds, start)
+                used_us = sorted(us - before_us.get(thread, 0.0) for thread, us in cpu_us(one.process.pid).items())
                 one.pause()
                 start += load.answers
                 if number:
                     found.loads.setdefault((traffic.name, name), []).append(load)
+                    share = sum(used_us[:-threads]) / load.answers, sum(used_us) / load.answers
+                    found.cpu_us.setdefault((traffic.name, name), []).append(share)
                     print(f"{traffic.name}, {name}: {load.texts_s:.1f} texts/s, p99 {load.p99_ms:.0f} ms", flush=True)
+    return start
+
+
+def cpu_us(pid: int) -> dict[str, float]:
+    """What each thread of a process has had of the processors."""
+    found = {}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # it has ended
+            found[thread.name] = int((thread / "schedstat").read_text().split()[0]) / 1000
+    return found
 
 
 def measure_scrape(one: Running, text: TextSet, traffic: Traffic, rounds: int, seconds: int, found: Found) -> None:
@@ -188,22 +210,32 @@ def ratios(found: Found, traffic: Traffic, name: str) -> list[float]:
     return [on.texts_s / off.texts_s for on, off in pairs]
 
 
-def report(found: Found, threads: int, rounds: int, seconds: int) -> str:
+def report(found: Found, threads: int, sittings: int, rounds: int, seconds: int) -> str:
     lines = [
         "# Watching: what it costs",
         "",
-        f"{datetime.now(UTC).date()}, {describe(threads)}. Written by `make bench-watching`; {rounds} rounds of "
-        f"{seconds} s in which both servers take turns; wrk, the receiver of traces and the scrapes on the same cores.",
+        f"{datetime.now(UTC).date()}, {describe(threads)}. Written by `make bench-watching`; {sittings} sittings with "
+        f"new processes, since one may be some percent slower than its twin, of {rounds} rounds of {seconds} s in "
+        "which the servers take turns; wrk, the receiver of traces and the scrapes on the same cores.",
         "",
         f"*On*: a JSON line a request, traces of {SAMPLE:.0%} of them sent to an OTLP receiver, every answer in a "
-        "prediction log (Parquet), drift windows and score histograms, and a scrape a second. *Off*: none of these. "
-        f"{CONNECTIONS} requests at once, no answer cache.",
+        f"prediction log (Parquet), drift windows and score histograms, and a scrape each {SCRAPE_S:g} s. *Off*: none "
+        f"of these. {CONNECTIONS} requests at once, no answer cache.",
         "",
         "| traffic | off, texts/s | on, texts/s | on / off (median; each round) | p99 off, on | at most 3 % |",
         "|---|---|---|---|---|---|",
     ]
     for name in (ON, FULL):
         lines += [_cost(found, traffic, name) for traffic in (ONE, SEVERAL)]
+    lines += [
+        "",
+        "Throughput moves with the host and with where a process happens to lie in memory; what the processors did for "
+        "a request beside the layers of the encoder moves less:",
+        "",
+        "| traffic | off, µs a request | on, µs a request | more, share of all that a request takes |",
+        "|---|---|---|---|",
+        *(_cpu(found, traffic, name) for name in (ON, FULL) for traffic in (ONE, SEVERAL)),
+    ]
     scraped, alone = found.p99_ms[True], found.p99_ms[False]
     moved = statistics.median(scraped) / statistics.median(alone)
     idle, busy = (found.scrapes_ms[name] for name in ("idle", "under load"))
@@ -241,15 +273,28 @@ def _cost(found: Found, traffic: Traffic, name: str) -> str:
     )
 
 
+def _cpu(found: Found, traffic: Traffic, name: str) -> str:
+    off_us, on_us = (statistics.median(beside for beside, _ in found.cpu_us[traffic.name, one]) for one in (OFF, name))
+    whole_us = statistics.median(whole for _, whole in found.cpu_us[traffic.name, OFF])
+    more = f"{(on_us - off_us) / whole_us:.1%} of {whole_us:.0f} µs"
+    return f"| {traffic.name}: {name} | {off_us:.0f} | {on_us:.0f} | {more} |"
+
+
 def _median(loads: Sequence[Load], name: str) -> float:
     return statistics.median(getattr(load, name) for load in loads)
+
+
+def _check(failures: dict[str, str]) -> None:
+    if failures:
+        raise SystemExit(f"not started: {failures}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=int, default=8)
+    parser.add_argument("--sittings", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seconds", type=int, default=6)
     options = parser.parse_args()
     require_wrk()
     found, failures = Found(), dict[str, str]()
@@ -263,14 +308,18 @@ def main() -> None:
             server(OFF, SHIPPED, folder, options.threads, ["--no-log-requests", "--drift-window", "0"], [ONE, SEVERAL]),
             server(ON, SHIPPED, folder, options.threads, watching(folder, url, SAMPLE), [ONE, SEVERAL]),
             server(FULL, SHIPPED, folder, options.threads, watching(folder, url, 1.0), [ONE, SEVERAL]),
-            server(MANY, folder / "many", folder, options.threads, ["--no-log-requests"], [many]),
         ]
-        with running(servers, options.threads, folder, failures) as started:
-            if failures:
-                raise SystemExit(f"not started: {failures}")
-            measure_cost(started, texts, options.rounds, options.seconds, found)
-            measure_scrape(started[MANY], texts["16"], many, options.rounds, options.seconds, found)
-    REPORT.write_text(report(found, options.threads, options.rounds, options.seconds))
+        start = 0
+        for _ in range(options.sittings):
+            with running(servers, options.threads, folder, failures) as started:
+                _check(failures)
+                start = measure_cost(started, texts, options.threads, options.rounds, options.seconds, start, found)
+        alone = server(MANY, folder / "many", folder, options.threads, ["--no-log-requests"], [many])
+        with running([alone], options.threads, folder, failures) as started:
+            _check(failures)
+            rounds = options.sittings * options.rounds
+            measure_scrape(started[MANY], texts["16"], many, rounds, options.seconds, found)
+    REPORT.write_text(report(found, options.threads, options.sittings, options.rounds, options.seconds))
     print(f"written: {REPORT}")
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+
 from app.telemetry import outlet as outlets
 from app.telemetry.outlet import Outlet, signal_url
 from app.telemetry.spans import Context, Span
