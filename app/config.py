@@ -9,8 +9,8 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Literal, get_args
+from urllib.parse import unquote, urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
@@ -19,6 +19,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from app.errors import SettingsError
 
 ENV_PREFIX = "MANIFOLD_"
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?")
 _CREDENTIALS = re.compile(r"//[^/@\s]*@")  # of a URL, which errors quote
 SHORTEST_KEY = 16
 LEAST_WINDOW = 200  # texts before anything is said of their drift
@@ -100,6 +102,9 @@ class Settings(BaseSettings):
     otlp_endpoint: str | None = Field(
         None, description="where traces go: the http:// or https:// URL of an OTLP receiver; unset records none"
     )
+    otlp_headers: SecretStr | None = Field(
+        None, description="what is sent along to it: name=value, comma-separated, such as authorization=Bearer%20KEY"
+    )
     trace_sample: float = Field(
         1.0, ge=0, le=1, description="the share of requests that is traced where no traceparent says it"
     )
@@ -113,6 +118,9 @@ class Settings(BaseSettings):
     prediction_log_part_s: float = Field(3600.0, ge=1, description="after this time it begins another file")
     prediction_log_limit_bytes: int = Field(
         10_000_000_000, ge=1, description="bytes of this server's files that are kept; the oldest go first"
+    )
+    prediction_log_limit_days: float | None = Field(
+        None, gt=0, description="days after which this server's files of it go; unset asks for bytes alone"
     )
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")
@@ -138,6 +146,13 @@ class Settings(BaseSettings):
             raise ValueError("it must be a URL such as http://collector:4318")
         return value
 
+    @field_validator("otlp_headers")
+    @classmethod
+    def _are_headers(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            to_headers(value.get_secret_value())
+        return value
+
 
 def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
     """Settings from overrides, the environment, `.env` and defaults, in this order. Raises SettingsError."""
@@ -157,6 +172,18 @@ def _is_http(url: str) -> bool:
         return parts.scheme in ("http", "https") and has_place and is_plain
     except ValueError:  # of the port
         return False
+
+
+def to_headers(text: str) -> dict[str, str]:
+    """name=value, comma-separated and percent-encoded, as OpenTelemetry's exporters read them. Raises ValueError."""
+    headers = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, encoded = part.partition("=")
+        value = unquote(encoded.strip())
+        if not _HEADER_NAME.fullmatch(name.strip()) or not _HEADER_VALUE.fullmatch(value):
+            raise ValueError("it must be name=value, comma-separated, with plain characters, and %2C for a comma")
+        headers[name.strip().lower()] = value
+    return headers
 
 
 def is_loopback(host: str) -> bool:
@@ -186,7 +213,9 @@ def _sentence(detail: ErrorDetails) -> str:
     if not detail["loc"]:
         return message
     field = str(detail["loc"][0])
-    given = _CREDENTIALS.sub("//…@", repr(detail["input"]))
+    known = Settings.model_fields.get(field)
+    is_secret = known is not None and SecretStr in get_args(known.annotation)
+    given = "'…'" if is_secret else _CREDENTIALS.sub("//…@", repr(detail["input"]))
     sentence = f"{field} ({option_name(field)}, {env_name(field)}) is {given}: {_lower_first(message)}"
     if field == "port" and str(detail["input"]).startswith("tcp://"):
         sentence += "; Kubernetes sets it so for a service named manifold: set enableServiceLinks to false"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -38,7 +39,7 @@ from app.api import (
 from app.api.errors import install_handlers
 from app.api.middleware import Body, Border, Gatekeeper
 from app.api.shortcut import Shortcut
-from app.config import Settings, env_name, is_loopback
+from app.config import Settings, env_name, is_loopback, to_headers
 from app.domain import BatchReport
 from app.engine.backbone import Backbone, choose, set_threads
 from app.engine.engine import Engine
@@ -237,14 +238,17 @@ def _open_traces(settings: Settings, server: str, metrics: Metrics) -> Tracing:
         "service.version": health.software_version(),
         "service.instance.id": server,
     }
-    return Traces(Outlet(settings.otlp_endpoint, resource, metrics.spans_dropped), settings.trace_sample)
+    headers = {} if settings.otlp_headers is None else to_headers(settings.otlp_headers.get_secret_value())
+    return Traces(Outlet(settings.otlp_endpoint, resource, metrics.spans_dropped, headers), settings.trace_sample)
 
 
 def _open_predictions(settings: Settings) -> PredictionStore | None:
     url, kind = settings.prediction_log, settings.prediction_log_format
     if url is None:
         return None
-    return PredictionStore(url, settings.home.absolute(), kind, settings.prediction_log_limit_bytes)
+    days, limit_bytes = settings.prediction_log_limit_days, settings.prediction_log_limit_bytes
+    limit_s = math.inf if days is None else days * 86_400
+    return PredictionStore(url, settings.home.absolute(), kind, limit_bytes, limit_s)
 
 
 def _start_prediction_log(settings: Settings, store: PredictionStore, metrics: Metrics) -> PredictionLog:

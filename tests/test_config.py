@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config import SHIPPED_PREFIXES, Settings, is_loopback, load_settings, local_url
+from app.config import SHIPPED_PREFIXES, Settings, is_loopback, load_settings, local_url, to_headers
 from app.errors import SettingsError
 from app.main import check_host
 
@@ -64,6 +64,13 @@ def test_origins_are_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> None
         ("otlp_endpoint", "http://user:word@collector:99999", "is 'http://…@collector:99999'"),
         ("otlp_endpoint", "http://collector:otlp", "such as http://collector:4318"),
         ("otlp_endpoint", "grpc://collector:4317", "such as http://collector:4318"),
+        (
+            "otlp_headers",
+            "Bearer abc",
+            "otlp_headers (--otlp-headers, MANIFOLD_OTLP_HEADERS) is '…': it must be name=value",
+        ),
+        ("otlp_headers", "a=b%0d%0aevil: 1", "is '…': it must be name=value"),
+        ("admin_key", "short", "admin_key (--admin-key, MANIFOLD_ADMIN_KEY) is '…': it must have"),
         ("trace_sample", "1.5", "less than or equal to 1"),
     ],
 )
@@ -76,6 +83,11 @@ def test_a_value_that_cannot_work_is_one_sentence(
             load()
         assert words in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_headers_are_read_as_exporters_read_them() -> None:
+    assert to_headers("") == {}
+    assert to_headers(" Authorization=Bearer%20a%2Cb , x-team = ml,") == {"authorization": "Bearer a,b", "x-team": "ml"}
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "manifold.example"])

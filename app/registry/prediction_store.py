@@ -42,6 +42,7 @@ _FAILURES = 3  # in one go: then it is the store
 _STUCK_S = 300.0
 # Arrow's own are some of these.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
+_TRIM_EVERY_S = 600.0  # files grow old though nothing is written
 _LOOKS = 3  # parts are finished while they are looked for
 
 
@@ -68,15 +69,25 @@ class Found:
 class PredictionStore:
     """One thread calls `tidy` and `drop_waiting`; everything else is safe from any thread."""
 
-    def __init__(self, url: str, home: Path, kind: Literal["jsonl", "parquet"], limit_bytes: int) -> None:
-        """`limit_bytes`: of this server's files. Raises SettingsError where the log cannot be written."""
+    def __init__(
+        self,
+        url: str,
+        home: Path,
+        kind: Literal["jsonl", "parquet"],
+        limit_bytes: int,
+        limit_s: float = math.inf,
+    ) -> None:
+        """`limit_bytes` and `limit_s`: of this server's files, how large together and how long each is kept.
+
+        Raises SettingsError where the log cannot be written.
+        """
         self.url, self._secret_url = without_user(url), url
         self._fs, self._root = open_place(url, "predictions")
-        self._kind, self._limit_bytes = kind, limit_bytes
+        self._kind, self._limit_bytes, self._limit_s = kind, limit_bytes, limit_s
         self._is_local = isinstance(self._fs, LocalFileSystem)
         waiting = home / "prediction-log"
         self.folder = Path(self._root) if self._is_local else waiting  # where parts are written
-        self._was_trimmed = False
+        self._trim_at_s = -math.inf  # on time.monotonic()
         self._failed_s: dict[tuple[str, str], float] = {}  # when a part could not be finished, by its key
         self._stuck: set[tuple[str, str]] = set()  # parts that could not be finished where others could
         try:
@@ -112,9 +123,9 @@ class PredictionStore:
         for file, cause in told:
             self._stuck.add(file.name.key)
             logger.error("%s waits, and others of the prediction log do not: %s", file.path, cause)
-        if num_finished or not self._was_trimmed:
+        if num_finished or time.monotonic() >= self._trim_at_s:
             self._trim()
-            self._was_trimmed = True
+            self._trim_at_s = time.monotonic() + _TRIM_EVERY_S
 
     def _due(self) -> list[_File]:
         """Those that failed come last; one that fails where others do not is tried now and then."""
@@ -165,7 +176,7 @@ class PredictionStore:
             excess_bytes = sum(file.size_bytes for file in own) - self._limit_bytes
             finished = (file for file in own if file.name.ended_s is not None)
             for file in sorted(finished, key=lambda file: file.name.began_s):
-                if excess_bytes <= 0:
+                if excess_bytes <= 0 and _ended_s(file.name) >= time.time() - self._limit_s:
                     break
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(file.path)

@@ -70,8 +70,8 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     """Replaces the root logger's handlers; for the server's process only, tests keep their own."""
     aside = _Aside(JsonFormatter() if log_format == "json" else TextFormatter(), _Stream())
     logging.basicConfig(level=logging.INFO, handlers=[aside], force=True)
-    # No line says what thread, process or task it comes from, and to find out takes half of the time that a line takes.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    # No line says what thread or process it comes from, and to find out takes time.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 import httpx2
@@ -41,16 +42,20 @@ class Outlet:
         endpoint: str,
         resource: Mapping[str, str],
         dropped: Callable[[int], None],
+        headers: Mapping[str, str] = MappingProxyType({}),
         most_waiting: int = _MOST_WAITING,
     ) -> None:
-        """`dropped` hears how many spans are lost: no room, or the receiver did not take them."""
+        """`dropped` hears how many spans are lost: no room, or the receiver did not take them.
+
+        `headers` go with every request to the receiver.
+        """
         self._dropped = dropped
         self._most_waiting = most_waiting
         self._waiting: deque[Sequence[Span]] = deque()
         self._num_waiting = 0
         self._lock = threading.Lock()
         self._has_many, self._closing = threading.Event(), threading.Event()
-        self._post = _Post(endpoint, resource, dropped)
+        self._post = _Post(endpoint, resource, headers, dropped)
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
         self._thread.start()
 
@@ -99,7 +104,10 @@ class _RefusedError(Exception):
 class _Post:
     """On the outlet's thread. Tells of failures now and then, and never raises."""
 
-    def __init__(self, endpoint: str, resource: Mapping[str, str], dropped: Callable[[int], None]) -> None:
+    def __init__(
+        self, endpoint: str, resource: Mapping[str, str], headers: Mapping[str, str], dropped: Callable[[int], None]
+    ) -> None:
+        self._headers = {**headers, **_HEADERS}
         self._url, self._resource, self._dropped = signal_url(endpoint), resource, dropped
         self._shown = urlsplit(self._url).netloc.rpartition("@")[2]  # without a password
         # Proxies and passwords that the environment names are not meant for this.
@@ -138,7 +146,7 @@ class _Post:
         left_s = _TIMEOUT_S if self._until_s is None else min(_TIMEOUT_S, self._until_s - time.monotonic())
         if left_s <= 0:
             raise TimeoutError("the server stops, and the receiver is too slow")
-        return self._client.post(self._url, content=body, headers=_HEADERS, timeout=left_s)
+        return self._client.post(self._url, content=body, headers=self._headers, timeout=left_s)
 
     def _check(self, response: httpx2.Response) -> None:
         if not response.is_success:

@@ -75,7 +75,7 @@ def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
     unix_ns = time.time_ns() - time.monotonic_ns()
     scoped = otlp.ScopeSpans(scope=_SCOPE, spans=[_encoded(span, unix_ns) for span in spans])
     of = otlp.ResourceSpans(resource=Resource(attributes=_attributes(resource)), scope_spans=[scoped])
-    return ExportTraceServiceRequest(resource_spans=[of]).SerializeToString()
+    return bytes(ExportTraceServiceRequest(resource_spans=[of]).SerializeToString())
 
 
 def _encoded(span: Span, unix_ns: int) -> otlp.Span:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,24 @@ def test_the_limit_holds_for_what_earlier_processes_of_the_same_home_wrote(tmp_p
         writer.end()
         store.tidy()
     assert len(names(url)) == 1
+
+
+def test_old_parts_go_though_nothing_is_written(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_store, "_TRIM_EVERY_S", 0.0)
+    other = open_store(url, tmp_path / "other")
+    store = PredictionStore(url, tmp_path / "home", "jsonl", 10**9, limit_s=1000.0)
+    for number, of in enumerate((other, store, store)):
+        writer = writer_of(of)
+        writer.append(to_line(row(number)))
+        if number < 2:
+            os.utime(next(iter(of._waiting())).path, (time.time() - 2000,) * 2)
+        writer.end()
+        of.tidy()
+    assert ids(store, 0, 1, 2) == [0, 2]
+    now = time.time()
+    monkeypatch.setattr(prediction_store.time, "time", lambda: now + 1001)
+    store.tidy()
+    assert [name.server for name in names(url)] == [other.server]
 
 
 def test_a_log_whose_folder_is_emptied_goes_on_in_another_file(tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_spans_arrive_and_nothing_of_the_environment_meddles(
     assert lost == []
 
 
+def test_headers_go_with_every_request_but_do_not_say_what_is_in_it(receiver: Receiver) -> None:
+    headers = {"authorization": "Bearer abc", "content-type": "text/plain"}
+    outlet = Outlet(receiver.endpoint, RESOURCE, lambda count: None, headers)
+    outlet.send(spans("a"))
+    receiver.wait_for("a")
+    outlet.close()
+    sent = {name.lower(): value for name, value in receiver.headers[0].items()}
+    assert (sent["authorization"], sent["content-type"]) == ("Bearer abc", "application/x-protobuf")
+
+
 def test_what_waits_at_the_end_is_sent(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outlets, "_EVERY_S", 60.0)
     monkeypatch.setattr(outlets, "_FLUSH_S", 30)
