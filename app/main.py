@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
 import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any, NoReturn
 
-import uvicorn
 import uvloop
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -38,6 +36,7 @@ from app.api import (
 )
 from app.api.errors import install_handlers
 from app.api.middleware import Body, Border, Gatekeeper
+from app.api.process import Server, bound_socket, cannot_listen
 from app.api.shortcut import Shortcut
 from app.config import Settings, env_name, is_loopback, to_headers
 from app.domain import BatchReport
@@ -72,13 +71,8 @@ from app.telemetry.tracing import NOT_TRACING, Tracing
 
 logger = logging.getLogger("manifold")
 
-_KEEP_ALIVE_S = 75  # longer than the idle time of common load balancers, so that they close first and never race us
 _LAG_EVERY_S = 0.25
-# Requests leave hardly any cycles behind, and Python's own threshold of 700 objects has it look for them every tenth
-# request: a sixth of what the event loop does for one.
-_GC_THRESHOLDS = (20_000, 20, 20)
 _ROUTED = (predict, embeddings, comparison, tasks, drift, control, releases, audit, predictions, keys, index, health)
-_CLOSE_S = 2  # for the last bytes of answers, after drain_timeout_s
 _DESCRIPTION = "One text in, every prediction out: a frozen encoder, one shared pass, many tasks."
 
 
@@ -292,7 +286,7 @@ def _serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_loading)  # there is nothing to drain yet
     began_s = time.monotonic()
-    with _bound_socket(settings) as listener:
+    with bound_socket(settings) as listener:
         runtime = open_runtime(settings)
         _tell_who_may_come(settings, runtime)
         server = Server(create_app(settings, runtime), runtime, listener, began_s)
@@ -300,7 +294,7 @@ def _serve(settings: Settings) -> int:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(server.serve(sockets=[listener]))
         except OSError as error:  # another process began to listen while we loaded
-            raise _cannot_listen(settings, error) from error
+            raise cannot_listen(settings, error) from error
     return 0
 
 
@@ -311,68 +305,6 @@ def _tell_who_may_come(settings: Settings, runtime: Runtime) -> None:
         logger.info("no keys are configured, so only this machine can connect (%s)", settings.host)
     else:
         logger.warning("no keys are configured: whoever reaches %s can use and change this server", settings.host)
-
-
-class Server(uvicorn.Server):
-    """uvicorn with a drain of our own: it would stop listening before readiness could tell anybody.
-
-    First signal: ready turns 503 and new work is refused, what is in flight goes on; the listener stays open for
-    `drain_grace_s`, and as long as something is in flight up to `drain_timeout_s`; then the process ends with status 0.
-    A second signal ends it at once.
-    """
-
-    def __init__(self, app: FastAPI, runtime: Runtime, listener: socket.socket, began_s: float) -> None:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # whoever connects is the client: a header could name anybody
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_CLOSE_S,
-        )
-        super().__init__(config)
-        self._runtime = runtime
-        self._listener = listener
-        self._began_s = began_s
-        self._draining: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """uvicorn's hook: the signals are ours, and it must not raise them again at the end."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        gc.collect()
-        gc.freeze()  # else each full collection walks all that was imported and loaded: 0.4 s in which nobody is served
-        gc.set_threshold(*_GC_THRESHOLDS)
-        logger.info(_ready_line(self._runtime, self._listener, time.monotonic() - self._began_s))
-
-    def _on_signal(self, number: int) -> None:
-        if self._draining is not None:
-            self._runtime.abandon()
-            logging.shutdown()
-            os._exit(128 + number)
-        self._runtime.admission.drain()
-        self._draining = asyncio.get_running_loop().create_task(self._drain())
-
-    async def _drain(self) -> None:
-        settings, admission = self._runtime.settings, self._runtime.admission
-        logger.info("draining for %g s: a second signal exits at once", settings.drain_grace_s)
-        signalled_s = time.monotonic()
-        await asyncio.sleep(settings.drain_grace_s)
-        while admission.in_flight and time.monotonic() - signalled_s < settings.drain_timeout_s:
-            await asyncio.sleep(0.02)
-        if admission.in_flight:
-            logger.warning("%d requests did not end in %g s", admission.in_flight, settings.drain_timeout_s)
-        self.should_exit = True
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
@@ -426,33 +358,6 @@ def _load(settings: Settings, dtype: str, metrics: Metrics, traces: Tracing) -> 
     )
     engine.start()
     return Loader(engine, tokenizer, traces=traces)
-
-
-def _bound_socket(settings: Settings) -> socket.socket:
-    """Taken before the seconds of loading, so that a port in use is told at once. It listens only when all is ready."""
-    with contextlib.ExitStack() as undo:
-        try:
-            addresses = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-            family, kind, protocol, _, address = addresses[0]
-            listener = undo.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            raise _cannot_listen(settings, error) from error
-        undo.pop_all()
-    return listener
-
-
-def _cannot_listen(settings: Settings, error: OSError) -> SettingsError:
-    return SettingsError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
-
-
-def _ready_line(runtime: Runtime, listener: socket.socket, duration_s: float) -> str:
-    host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    spec, names = runtime.engine.spec, sorted(runtime.catalog.snapshot.tasks)
-    live = f"{len(names)} tasks ({', '.join(names)})" if names else "no tasks"
-    return f"ready at {address} with {spec.name} on {spec.device} in {spec.dtype}, {live}, after {duration_s:.1f} s"
 
 
 def _stop_loading(number: int, _: FrameType | None) -> NoReturn:
