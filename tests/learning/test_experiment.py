@@ -19,6 +19,7 @@ from app.learning import experiment_command, experiment_report
 from app.learning.experiment import (
     ALL,
     CEILING,
+    FULL,
     WHOLE,
     Cell,
     Experiment,
@@ -30,6 +31,7 @@ from app.learning.experiment import (
     Sets,
     cells,
     header,
+    wide,
 )
 from app.learning.finetune import FinetuneSettings
 from tests.learning import samples
@@ -237,3 +239,30 @@ def test_the_command(
     assert "`manifold experiment --data DATA --quick --seeds 0`" in out.read_text()
     assert experiment_command.run(parser.parse_args([*given, "--data", "nowhere"])) == 1
     assert "manifold experiment: nowhere/words/train.tsv cannot be read" in capsys.readouterr().err
+
+
+def test_a_number_of_rows_keeps_all_sets_and_few_examples_of_each(
+    data: Path, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = wide(800)
+    assert (plan.sources, plan.targets, plan.seeds) == (FULL.sources, FULL.targets, FULL.seeds)
+    assert (plan.source_rows, plan.sizes, plan.with_ceiling) == (800, (16, 100), False)
+    monkeypatch.setattr(
+        experiment_command, "wide", lambda rows: replace(PLAN, source_rows=rows, sizes=(16,), with_ceiling=False)
+    )
+    parser = argparse.ArgumentParser()
+    experiment_command.add_arguments(parser)
+    out = tmp_path / "EXPERIMENT.md"
+    given = ["--data", str(data), "--out", str(out), "--model", str(model_path), "--dtype", "float32", "--seeds", "1"]
+    assert experiment_command.run(parser.parse_args([*given, "--rows", "40"])) == 0
+    text = out.read_text()
+    assert "`manifold experiment --data DATA --rows 40 --seeds 1`" in text and "40 rows of each source" in text
+    capsys.readouterr()
+    for wrong, words in (
+        (["--rows", "none"], '"none" is no number of rows'),
+        (["--rows", "0"], '"0" is no'),
+        (["--rows", "9", "--quick"], "not allowed with"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*given, *wrong])
+        assert words in capsys.readouterr().err
