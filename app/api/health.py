@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import PackageNotFoundError, version
 
+import anyio.to_thread
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
@@ -15,6 +15,7 @@ from app.config import Settings
 from app.domain import BackboneSpec
 
 router = APIRouter(tags=["health"])
+_ONE_AT_A_TIME = anyio.CapacityLimiter(1)
 
 
 @router.get("/livez", responses=error_responses(503))
@@ -48,7 +49,8 @@ async def healthz(runtime: CurrentRuntime) -> HealthDetails:
 @router.get("/metrics", response_class=PlainTextResponse, responses=error_responses(500))
 async def metrics(runtime: CurrentRuntime) -> Response:
     """Everything that is measured, in Prometheus' text format."""
-    content, media_type = await asyncio.to_thread(runtime.metrics.render)  # with many tasks it takes milliseconds
+    # With many tasks it takes milliseconds. asyncio's own threads may all wait for a slow store, just when it matters.
+    content, media_type = await anyio.to_thread.run_sync(runtime.metrics.render, limiter=_ONE_AT_A_TIME)
     return Response(content, media_type=media_type)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import threading
 from urllib.parse import urlsplit
 
 import httpx2
@@ -16,6 +18,7 @@ from app.config import Settings, load_settings
 from app.errors import DeadlineError, EngineError
 from app.main import create_app
 from app.service.runtime import Runtime
+from tests.fake_rollout import FakeRollout
 from tests.fakes import FakeEngine, make_runtime
 from tests.serving import wait_for
 
@@ -50,6 +53,26 @@ async def test_a_full_server_answers_429_at_once_and_probes_still_answer(
     assert (await first).status_code == 200
     engine.holds = False
     assert (await async_client.post("/v1/predict", json=BODY)).status_code == 200, "the permit came back"
+
+
+@pytest.mark.anyio
+async def test_metrics_are_answered_while_every_control_call_waits_for_a_slow_store(
+    async_client: httpx2.AsyncClient, rollout: FakeRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_back, waiting = threading.Event(), list[object]()
+
+    def audit(*_: object) -> list[object]:
+        waiting.append(None)
+        is_back.wait(10)
+        return []
+
+    monkeypatch.setattr(rollout, "audit", audit)
+    calls = [asyncio.create_task(async_client.get("/v1/audit")) for _ in range(40)]
+    await until(lambda: len(waiting) >= min(32, (os.cpu_count() or 1) + 4))  # all threads that asyncio has
+    async with asyncio.timeout(5):
+        assert (await async_client.get("/metrics")).status_code == 200
+    is_back.set()
+    assert {call.status_code for call in await asyncio.gather(*calls)} == {200}
 
 
 @pytest.mark.parametrize("settings", [load_settings({"max_concurrent_requests": 1})])
