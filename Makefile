@@ -66,7 +66,7 @@ bench-drift: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.drift $(DATA) $(ARGS)
 
 bench-experiment: $(VENV)/.dev
-	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out prefixes/EXPERIMENT.md $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out tests/bench/experiment/QUICK.md $(ARGS)
 
 bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-watching: bench-%: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.$* $(ARGS)
