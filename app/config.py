@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         10_000_000_000, ge=1, description="bytes of this server's files that are kept; the oldest go first"
     )
     prediction_log_limit_days: float | None = Field(
-        None, gt=0, description="days after which this server's files of it go; unset asks for bytes alone"
+        None, gt=0, description="days after its last row a file of this server goes; unset asks for bytes alone"
     )
     drain_grace_s: float = Field(3.0, ge=0, description="after SIGTERM, how long the listener stays open at least")
     drain_timeout_s: float = Field(30.0, ge=0, description="after SIGTERM, how long requests in flight may take")

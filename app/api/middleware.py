@@ -77,6 +77,7 @@ class Border:
         finally:
             if status != 401:  # whoever has no key could fill the receiver with what he says is to be recorded
                 trace.end(lambda: describe(scope, status, fault))
+            fault = None  # its traceback holds this frame, and so the body: a cycle that would wait for the collector
 
 
 class Gatekeeper:

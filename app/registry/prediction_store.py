@@ -177,7 +177,7 @@ class PredictionStore:
             finished = (file for file in own if file.name.ended_s is not None)
             for file in sorted(finished, key=lambda file: file.name.began_s):
                 if excess_bytes <= 0 and _ended_s(file.name) >= time.time() - self._limit_s:
-                    break
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(file.path)
                 excess_bytes -= file.size_bytes

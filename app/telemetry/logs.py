@@ -75,7 +75,6 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     for chatty in ("httpx", "httpx2", "httpcore", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
-    logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # it warns of each header that a client got wrong
 
 
 def flush_logging() -> None:

@@ -82,11 +82,16 @@ class Outlet:
         while not self._closing.is_set():
             self._has_many.wait(_EVERY_S)
             self._has_many.clear()
-            while taken := self._take():
-                self._post.send(taken)
-        while taken := self._take():  # what came between
-            self._post.send(taken)
+            self._send_one()
+            while self._num_waiting >= _BATCH_SPANS:  # else the next come with what gathers meanwhile
+                self._send_one()
+        while self._num_waiting:  # what came between
+            self._send_one()
         self._post.close()
+
+    def _send_one(self) -> None:
+        if taken := self._take():
+            self._post.send(taken)
 
     def _take(self) -> list[Span]:
         taken: list[Span] = []

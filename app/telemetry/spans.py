@@ -16,8 +16,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2 as otlp
 from app.telemetry.tracing import Attribute, Caller
 
 _LONGEST_STATE = 512  # characters; of a longer one nothing is kept
-_MEMBER = r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}"
-_STATE = re.compile(rf"[ \t]*{_MEMBER}(?:[ \t]*,[ \t]*{_MEMBER})*[ \t]*")
+_MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}")
 _SAMPLED = 1
 _KNOWS_IF_REMOTE, _IS_REMOTE = 0x100, 0x200  # whether the parent is in another process
 _SCOPE = InstrumentationScope(name="manifold")
@@ -41,10 +40,15 @@ class Context:
 
     @staticmethod
     def of(caller: Caller) -> Context:
-        """What is no valid state is left out, as W3C asks."""
-        state = caller.tracestate
-        is_valid = len(state) <= _LONGEST_STATE and _STATE.fullmatch(state) is not None
-        return Context(bytes.fromhex(caller.trace_id), bytes.fromhex(caller.span_id), state if is_valid else "", True)
+        return Context(bytes.fromhex(caller.trace_id), bytes.fromhex(caller.span_id), _valid(caller.tracestate), True)
+
+
+def _valid(state: str) -> str:
+    """What is no valid state is left out, as W3C asks; members may be empty."""
+    if len(state) > _LONGEST_STATE:
+        return ""
+    members = [member for part in state.split(",") if (member := part.strip(" \t"))]
+    return ",".join(members) if all(map(_MEMBER.fullmatch, members)) else ""
 
 
 def _new_id(size: int) -> bytes:

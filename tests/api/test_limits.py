@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
 import threading
+import weakref
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
+from app.api.middleware import Border
 from app.config import Settings, load_settings
-from app.errors import DeadlineError, EngineError
+from app.errors import DeadlineError, EngineError, MalformedError
 from app.main import create_app
 from app.service.runtime import Runtime
 from tests.fake_rollout import FakeRollout
@@ -248,3 +252,35 @@ def _head(url: str, length: int, path: str = "/v1/predict", line: str = "") -> b
         f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n{line}"
         f"content-length: {length}\r\n\r\n"
     ).encode()
+
+
+@pytest.mark.anyio
+async def test_a_request_that_failed_leaves_nothing_for_the_collector(runtime: Runtime) -> None:
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = Held()  # as the body is, which may have megabytes
+        held.append(weakref.ref(body))
+        raise MalformedError("no")
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def send(_: Message) -> None: ...
+
+    scope: Scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/predict",
+        "headers": [],
+        "state": {"runtime": runtime},
+    }
+    gc.disable()
+    try:
+        await Border(app)(scope, receive, send)
+        assert held[0]() is None
+    finally:
+        gc.enable()

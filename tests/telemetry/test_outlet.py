@@ -158,3 +158,14 @@ def test_a_receiver_that_is_gone_loses_what_is_sent_and_nothing_else() -> None:
     outlet.send(spans("c"))
     outlet.close()
     wait_for(lambda: lost == [2, 1])
+
+
+def test_spans_that_come_while_others_are_sent_are_gathered(receiver: Receiver) -> None:
+    outlet = Outlet(receiver.endpoint, RESOURCE, lambda count: None)
+    outlet.send(spans("first"))
+    receiver.wait_for("first")
+    for number in range(30):
+        outlet.send(spans(f"next {number}"))
+    receiver.wait_for("next 29")
+    outlet.close()
+    assert len(receiver.requests) < 10

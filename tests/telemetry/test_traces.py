@@ -59,7 +59,9 @@ def test_a_request_is_its_callers_child_and_the_parent_of_its_stages(traces: Tra
     assert stage.end_time_unix_nano - stage.start_time_unix_nano == pytest.approx(0.25e9, abs=1e3)
 
 
-@pytest.mark.parametrize("tracestate", ["", "not a state", "a=" + "b" * 600, "a=1,b", "a=1\n", ","])
+@pytest.mark.parametrize(
+    "tracestate", ["", "not a state", "a=" + "b" * 600, "a=1,b", "a=1\n", ",", "a=b ," * 100 + "!"]
+)
 def test_a_state_that_is_not_valid_is_left_out(traces: Traces, receiver: Receiver, tracestate: str) -> None:
     traces.begin(Caller(CALLER.trace_id, CALLER.span_id, True, tracestate)).end(lambda: DONE)
     (request,) = receiver.wait_for("POST /v1/predict")
@@ -84,6 +86,12 @@ def test_what_is_said_of_a_request_keeps_its_kind(traces: Traces, receiver: Rece
     (request,) = receiver.wait_for("one")
     found = said(request)["it"]
     assert (type(found), found) == (type(value), "? half" if value == "\udc80 half" else value)
+
+
+def test_empty_members_of_a_state_are_passed_over(traces: Traces, receiver: Receiver) -> None:
+    traces.begin(Caller(CALLER.trace_id, CALLER.span_id, True, "a=1,, b=2 ,")).end(lambda: DONE)
+    (request,) = receiver.wait_for("POST /v1/predict")
+    assert request.trace_state == "a=1,b=2"
 
 
 def test_a_fault_of_ours_is_the_spans_status(traces: Traces, receiver: Receiver) -> None:
