@@ -19,7 +19,7 @@ import orjson
 ACCESS = "manifold.access"  # the logger with a line a request
 _OF_REQUEST = ("request_id", "trace_id", "span_id")
 _MOST_LINES = 10_000  # that wait to be written
-_GATHER_S = 0.1
+_GATHER_S = 0.02
 _LINES_TOGETHER = 100
 _MOST_WAIT_S = 2.0  # for a slow reader at the end
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
