@@ -176,14 +176,14 @@ class PredictionStore:
             excess_bytes = sum(file.size_bytes for file in own) - self._limit_bytes
             finished = (file for file in own if file.name.ended_s is not None)
             for file in sorted(finished, key=lambda file: file.name.began_s):
-                if excess_bytes <= 0 and _ended_s(file.name) >= time.time() - self._limit_s:
+                if excess_bytes <= 0 and not self._is_old(_ended_s(file.name)):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(file.path)
                 excess_bytes -= file.size_bytes
 
     def drop_waiting(self) -> int:
-        """What the store did not take, once it is too much: the disk has other work. How many rows that was.
+        """What the store did not take, once it is too much or too old. How many rows that was.
 
         Raises OSError.
         """
@@ -192,14 +192,17 @@ class PredictionStore:
         waiting, lost = self._waiting(), 0
         excess_bytes = sum(file.size_bytes for file in waiting) - min(_WAITING_BYTES, self._limit_bytes)
         for file in waiting:
-            if excess_bytes <= 0:
-                break
+            if excess_bytes <= 0 and not self._is_old(Path(file.path).stat().st_mtime):
+                continue
             with left_alone(Path(file.path)) as is_ours:
                 if is_ours:
                     lost += _count_lines(Path(file.path))
                     Path(file.path).unlink()
             excess_bytes -= file.size_bytes
         return lost
+
+    def _is_old(self, ended_s: float) -> bool:
+        return ended_s < time.time() - self._limit_s
 
     # -- finding -------------------------------------------------------------------------------------------------------
 

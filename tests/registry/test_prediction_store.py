@@ -498,6 +498,20 @@ def test_what_waits_for_a_store_is_bounded_and_the_oldest_rows_are_counted(
     assert ids(store, 0, 10, 20, 30) == [30]
 
 
+def test_what_waits_for_a_store_does_not_outlive_its_days(memory: MemoryFileSystem, tmp_path: Path) -> None:
+    store = PredictionStore("memory://log", tmp_path / "home", "jsonl", 10**9, limit_s=1000.0)
+    writer = writer_of(store, clock=(clock := Clock()))
+    for number in range(3):
+        clock.now_s += 1
+        writer.append(to_line(row(number)))
+        writer.end()
+    first, second, _ = store._waiting()
+    for file in (first, second):
+        os.utime(file.path, (time.time() - 2000,) * 2)
+    assert store.drop_waiting() == 2 and store.drop_waiting() == 0
+    assert ids(store, 0, 1, 2) == [2]
+
+
 @pytest.mark.parametrize(
     ("url", "told"),
     [
