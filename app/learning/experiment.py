@@ -1,17 +1,15 @@
 """The paper's experiment: independent prefixes of source tasks, combined, against other fixed representations.
 
-After Huang et al. 2023 (arXiv 2305.13499). Knows what is run, in which order, and keeps every finished cell in a file,
-so that an interrupted run goes on where it was. Knows nothing of tables or plots.
+After Huang et al. 2023 (arXiv 2305.13499). Runs what is missing of a plan, in order, and keeps every finished cell at
+once, so that an interrupted run goes on where it was. Knows nothing of tables or plots.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -22,197 +20,38 @@ from app.domain import BackboneSpec, InputKind, ProblemType, ReadoutKind
 from app.engine.backbone import Backbone
 from app.engine.heads import scores_of
 from app.engine.tokenizer import TextTokenizer
-from app.errors import DataError, SettingsError
+from app.errors import DataError
 from app.learning import evaluation, writer
-from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logits
+from app.learning.experiment_plan import (
+    ALL,
+    ATTENTION,
+    BARE,
+    CEILING,
+    COMBINATION,
+    LINEAR,
+    LINEAR_RATE,
+    OWN,
+    READOUTS,
+    SHARED,
+    WHOLE,
+    Cell,
+    Outcome,
+    Part,
+    Plan,
+    Results,
+    alone,
+    cells,
+    measure_of,
+    representations,
+    without_last,
+)
+from app.learning.finetune import Texts, finetune, whole_logits
 from app.learning.multitask import Together, finetune_together, train_shared_prefix, write_prefix
-from app.learning.problems import MEASURES
 from app.learning.recipe import Recipe
 from app.learning.splits import findings, sampled_rows, subsample
 from app.learning.study import Files, Fitted, Quiet, Study, Tables
 
-ALL = 0  # as a number of examples
-LINEAR, ATTENTION = "linear", "attention"
-READOUTS = (LINEAR, ATTENTION)
-BARE, OWN, COMBINATION, SHARED = "bare trunk", "own prefix", "combination", "shared prefix"
-WHOLE, CEILING = "whole backbone", "full fine-tuning"
-TOGETHER = (COMBINATION, SHARED, WHOLE)  # the ways to take in a new source
-MEASURED = {"cola": "mcc"}  # where accuracy says little; else MEASURES
-
-_LINEAR_RATE = 5e-3  # of a linear head
 _TEST = {"subj": "test_clean.tsv", "stsb": "test_clean.tsv"}  # rows that other sets have too are left out
-
-
-class Part(StrEnum):
-    SOURCE = "source"  # how well a source task is learned
-    TRAINING = "training"  # what a representation cost
-    TARGET = "target"  # a light head for a target task on a fixed representation
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixSettings:
-    """The rates were the best of 0.01 to 0.3 on dev of emotion, snli_small and sst2, 2,000 rows each."""
-
-    num_virtual_tokens: int
-    epochs: int
-    learning_rate: float = 0.1
-    head_learning_rate: float = _LINEAR_RATE
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is run. None: all rows."""
-
-    sources: tuple[str, ...]  # in the order in which they arrive; the last is the update's
-    targets: tuple[str, ...]
-    sizes: tuple[int, ...]  # training examples of a target; ALL last
-    seeds: tuple[int, ...] = (0, 1, 2)
-    single: PrefixSettings = PrefixSettings(16, 10)  # for sources of single texts
-    pair: PrefixSettings = PrefixSettings(32, 20)
-    finetuning: FinetuneSettings = FinetuneSettings()
-    source_rows: int | None = None
-    source_dev_rows: int | None = None
-    test_rows: int | None = None
-    few_dev_rows: int = 200  # of a target's dev set, but with all its examples
-    head_epochs: int = 15
-    least_steps: int = 200  # of a head
-    with_ceiling: bool = True  # targets fine-tuned in full
-
-
-FULL = Plan(
-    sources=("sst2", "snli_small", "qqp10k", "cola", "emotion", "goemotions"),
-    targets=("trec", "subj", "mpqa", "mrpc", "rte", "banking77", "agnews", "tweeteval_offensive", "stsb"),
-    sizes=(16, 100, ALL),
-)
-QUICK = Plan(
-    sources=("sst2", "snli_small", "emotion"),
-    targets=("trec", "mrpc", "tweeteval_offensive"),
-    sizes=(16, 100),
-    seeds=(0,),
-    single=PrefixSettings(16, 4),
-    pair=PrefixSettings(32, 6),
-    finetuning=FinetuneSettings(epochs=2),
-    source_rows=800,
-    source_dev_rows=200,
-    test_rows=400,
-    least_steps=100,
-    with_ceiling=False,
-)
-
-
-def wide(source_rows: int) -> Plan:
-    """All sets, as the full plan has them, each learned as the quick plan does."""
-    return replace(QUICK, sources=FULL.sources, targets=FULL.targets, seeds=FULL.seeds, source_rows=source_rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One number to find; with its seed it is one line of the results."""
-
-    part: Part
-    seed: int
-    task: str  # a data set; "" for the cost of what is trained on several
-    representation: str
-    readout: str = ""
-    examples: int = ALL
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    score: float  # on test, by the task's measure
-    dev: float
-    seconds: float
-    num_parameters: int = 0  # trained ones
-    tokens: int = 0  # through the backbone in training; a part of its layers counts as a part of a token
-    figures: Mapping[str, float] = field(default_factory=dict)  # on test
-
-
-def alone(source: str) -> str:
-    """The representation that one source's prefix makes."""
-    return f"prefix {source}"
-
-
-def without_last(representation: str, plan: Plan) -> str:
-    """The representation before the last source arrived."""
-    return f"{representation} without {plan.sources[-1]}"
-
-
-def representations(plan: Plan) -> tuple[str, ...]:
-    before = (without_last(name, plan) for name in TOGETHER)
-    return (BARE, *map(alone, plan.sources), *TOGETHER, *before)
-
-
-def cells(plan: Plan) -> Iterator[Cell]:
-    """All that a finished run has."""
-    for seed in plan.seeds:
-        for source in plan.sources:
-            for name in (BARE, OWN):
-                yield from (Cell(Part.SOURCE, seed, source, name, readout) for readout in READOUTS)
-            yield from (Cell(Part.SOURCE, seed, source, name, LINEAR) for name in (SHARED, WHOLE))
-            yield Cell(Part.SOURCE, seed, source, CEILING)
-        for name in (SHARED, WHOLE):
-            yield Cell(Part.TRAINING, seed, "", name)
-            yield Cell(Part.TRAINING, seed, "", without_last(name, plan))
-        for target in plan.targets:
-            for name in representations(plan):
-                yield from (Cell(Part.TARGET, seed, target, name, r, size) for size in plan.sizes for r in READOUTS)
-            if plan.with_ceiling:
-                yield Cell(Part.TARGET, seed, target, CEILING)
-
-
-def measure_of(task: str, problem_type: ProblemType) -> str:
-    return MEASURED.get(task, MEASURES[problem_type])
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """Finished cells, in memory and as JSON lines. The first line says what they are results of."""
-
-    def __init__(self, path: Path, header: Mapping[str, Any], resume: bool) -> None:
-        """Without `resume` the file begins anew. Raises SettingsError where it holds results of something else."""
-        self._path = path
-        self.found: dict[Cell, Outcome] = {}
-        if resume and path.is_file():
-            self._read(header)
-        self._write("w", header)
-        for cell, outcome in self.found.items():
-            self._append(cell, outcome)
-
-    def add(self, cell: Cell, outcome: Outcome) -> None:
-        self._append(cell, outcome)
-        self.found[cell] = outcome
-
-    def _append(self, cell: Cell, outcome: Outcome) -> None:
-        self._write("a", {"cell": asdict(cell), "outcome": asdict(outcome)})
-
-    def _read(self, header: Mapping[str, Any]) -> None:
-        lines = self._path.read_text("utf-8").splitlines()
-        if not lines or _record(lines[0]) != json.loads(json.dumps(header)):
-            raise SettingsError(
-                f"{self._path} holds results of other settings, data or another model: leave out --resume to begin anew"
-            )
-        for record in filter(None, map(_record, lines[1:])):
-            cell = record["cell"]
-            self.found[Cell(**cell | {"part": Part(cell["part"])})] = Outcome(**record["outcome"])
-
-    def _write(self, mode: str, record: Mapping[str, Any]) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise SettingsError(f"{self._path} cannot be written: {error.strerror}") from error
-
-
-def _record(line: str) -> dict[str, Any] | None:
-    """None for half a line: the run ended while it was written."""
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return record
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -479,7 +318,7 @@ class Experiment:
         patience = -(-base.patience * epochs // self.plan.head_epochs)
         base = replace(base, epochs=epochs, patience=patience)
         if readout == LINEAR:
-            base = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=_LINEAR_RATE)
+            base = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=LINEAR_RATE)
         return study.completed(base)
 
 

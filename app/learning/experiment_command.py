@@ -14,18 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.learning import experiment_report
-from app.learning.experiment import (
+from app.learning.experiment import Experiment, Sets, header
+from app.learning.experiment_plan import (
     ALL,
     FULL,
     QUICK,
     Cell,
-    Experiment,
     Outcome,
     Plan,
     Results,
-    Sets,
     cells,
-    header,
     wide,
 )
 from app.learning.terminal import add_machine_arguments, backbones, guarded

@@ -15,7 +15,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from app.domain import InputKind
 from app.errors import SettingsError
-from app.learning.experiment import (
+from app.learning.experiment_plan import (
     ALL,
     ATTENTION,
     BARE,

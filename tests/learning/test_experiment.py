@@ -16,21 +16,19 @@ from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError
 from app.learning import experiment_command, experiment_report
-from app.learning.experiment import (
+from app.learning.experiment import Experiment, Sets, header
+from app.learning.experiment_plan import (
     ALL,
     CEILING,
     FULL,
     WHOLE,
     Cell,
-    Experiment,
     Outcome,
     Part,
     Plan,
     PrefixSettings,
     Results,
-    Sets,
     cells,
-    header,
     wide,
 )
 from app.learning.finetune import FinetuneSettings
