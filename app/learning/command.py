@@ -73,7 +73,9 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tolerance", type=float, default=0.5, metavar="X", help="points of dev score that less cost may lose; 0.5"
     )
-    group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--baselines", action=argparse.BooleanOptionalAction, default=True, help="majority, TF-IDF and a linear head"
+    )
     group.add_argument("--full-finetune", action="store_true", help="also fine-tune the whole backbone, as the ceiling")
     group.add_argument(
         "--finetune-epochs", type=int, default=FinetuneSettings().epochs, metavar="N", help=f"of it; {_DEFAULT}"

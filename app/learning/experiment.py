@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -32,17 +32,19 @@ from app.learning.experiment_plan import (
     LINEAR_RATE,
     OWN,
     READOUTS,
-    SHARED,
+    TOGETHER,
     WHOLE,
     Cell,
+    Kind,
+    Ledger,
     Outcome,
     Part,
     Plan,
-    Results,
+    Step,
     alone,
     cells,
     measure_of,
-    representations,
+    steps,
     without_last,
 )
 from app.learning.finetune import Texts, finetune, whole_logits
@@ -115,23 +117,31 @@ class Experiment:
     sets: Sets
     backbone: Backbone
     tokenizer: TextTokenizer
-    results: Results
+    results: Ledger
     work: Path  # what is trained lies here, a folder each
-    report: Callable[[Cell, Outcome], None]  # of each cell when it is finished
 
     def run(self) -> None:
-        for seed in self.plan.seeds:
-            for source in self.plan.sources:
-                self._source(source, seed)
-            for sources, name in self._arrivals():
-                self._shared_prefix(sources, name(SHARED), seed)
-                self._whole_backbone(sources, name(WHOLE), seed)
-            self._targets(seed)
+        for step in steps(self.plan):
+            self.take(step)
 
-    def _arrivals(self) -> Iterator[tuple[tuple[str, ...], Callable[[str], str]]]:
-        """The sources after and before the last one arrived, and how representations are called then."""
-        yield self.plan.sources, lambda name: name
-        yield self.plan.sources[:-1], lambda name: without_last(name, self.plan)
+    def take(self, step: Step) -> None:
+        """Find what is missing of one step. The steps that it needs are done, in this process or another."""
+        match step.kind:
+            case Kind.SOURCE:
+                self._source(step.name, step.seed)
+            case Kind.SHARED:
+                self._shared_prefix(self._arrived(step.name), step.name, step.seed)
+            case Kind.WHOLE:
+                self._whole_backbone(self._arrived(step.name), step.name, step.seed)
+            case Kind.TARGETS:
+                self._targets(step.name, step.seed)
+            case Kind.CEILING:
+                self._ceiling(step.name, step.seed)
+
+    def _arrived(self, representation: str) -> tuple[str, ...]:
+        """The sources that a representation of several is made of."""
+        is_before = representation in {without_last(name, self.plan) for name in TOGETHER}
+        return self.plan.sources[:-1] if is_before else self.plan.sources
 
     def _missing(self, wanted: Iterator[Cell] | Sequence[Cell]) -> list[Cell]:
         return [cell for cell in wanted if cell not in self.results.found]
@@ -139,7 +149,6 @@ class Experiment:
     def _add(self, cell: Cell, outcome: Outcome) -> None:
         if cell not in self.results.found:
             self.results.add(cell, outcome)
-            self.report(cell, outcome)
 
     def _study(self, tables: Tables, backbone: Backbone | None = None) -> Study:
         return Study(tables, backbone or self.backbone, self.tokenizer, Quiet())
@@ -258,34 +267,29 @@ class Experiment:
 
     # -- targets
 
-    def _targets(self, seed: int) -> None:
-        for name in representations(self.plan):
-            wanted = [
-                c for c in cells(self.plan) if c.part is Part.TARGET and (c.seed, c.representation) == (seed, name)
-            ]
-            if not self._missing(wanted):
-                continue
-            backbone, prefixes = self._representation(name, seed)
-            for target in self.plan.targets:
-                missing = self._missing([cell for cell in wanted if cell.task == target])
-                if missing:
-                    self._target(target, self._study(self.sets.target(target, seed), backbone), prefixes, missing)
-        for target in self.plan.targets if self.plan.with_ceiling else ():
-            cell = Cell(Part.TARGET, seed, target, CEILING)
-            if self._missing([cell]):
-                self._add(cell, self._full(self._study(self.sets.target(target, seed)), target, seed))
+    def _targets(self, name: str, seed: int) -> None:
+        """Light heads of all targets on one representation."""
+        wanted = [c for c in cells(self.plan) if c.part is Part.TARGET and (c.seed, c.representation) == (seed, name)]
+        if not self._missing(wanted):
+            return
+        backbone, prefixes = self._representation(name, seed)
+        for target in self.plan.targets:
+            missing = self._missing([cell for cell in wanted if cell.task == target])
+            if missing:
+                self._target(target, self._study(self.sets.target(target, seed), backbone), prefixes, missing)
+
+    def _ceiling(self, target: str, seed: int) -> None:
+        cell = Cell(Part.TARGET, seed, target, CEILING)
+        if self._missing([cell]):
+            self._add(cell, self._full(self._study(self.sets.target(target, seed)), target, seed))
 
     def _representation(self, name: str, seed: int) -> tuple[Backbone, tuple[Path, ...]]:
         """The frozen encoder and the prefixes that stand in it."""
-        every = {alone(source): (self._folder(alone(source), seed),) for source in self.plan.sources}
-        for sources, called in self._arrivals():
-            if name == called(COMBINATION):
-                return self.backbone, tuple(self._folder(alone(source), seed) for source in sources)
-            if name == called(SHARED):
-                return self.backbone, (self._folder(name, seed),)
-            if name == called(WHOLE):
-                return self._tuned(name, seed), ()
-        return self.backbone, every.get(name, ())
+        if name.startswith(WHOLE):
+            return self._tuned(name, seed), ()
+        if name.startswith(COMBINATION):
+            return self.backbone, tuple(self._folder(alone(source), seed) for source in self._arrived(name))
+        return self.backbone, () if name == BARE else (self._folder(name, seed),)
 
     def _tuned(self, name: str, seed: int) -> Backbone:
         spec = self.backbone.spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +21,17 @@ from app.learning.experiment_plan import (
     FULL,
     QUICK,
     Cell,
+    Ledger,
     Outcome,
     Plan,
     Results,
+    Told,
     cells,
+    steps,
     wide,
 )
-from app.learning.terminal import add_machine_arguments, backbones, guarded
+from app.learning.experiment_workers import Work, run_steps
+from app.learning.terminal import add_machine_arguments, backbones, cores, guarded
 
 _DESCRIPTION = """Run the experiment of Huang et al. 2023 (arXiv 2305.13499): prefixes of source tasks, trained
 independently and combined, against the bare encoder, single prefixes and multi-task training.
@@ -44,11 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three sources, three targets, one seed: ten minutes")
     size.add_argument(
-        "--rows", type=_rows, metavar="N", help="all sets, N rows of each source, few of a target: an hour a seed"
+        "--rows", type=_count, metavar="N", help="all sets, N rows of each source, few of a target: an hour a seed"
     )
     parser.add_argument("--out", type=Path, default=Path("EXPERIMENT.md"), metavar="FILE", help="default %(default)s")
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="default 0,1,2, with --quick 0")
+    parser.add_argument(
+        "--examples",
+        type=_examples,
+        metavar="N,N,all",
+        help="of a target, to train on; with all also its full fine-tuning; default 16,100,all, else 16,100",
+    )
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run was interrupted")
+    parser.add_argument(
+        "--jobs", type=_count, default=1, metavar="N", help="steps at once, each in a process of its own; default 1"
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="for what is trained; default .experiment beside FILE")
     add_machine_arguments(parser)
 
@@ -68,38 +82,68 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def _rows(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text}" is no number of rows, like 800')
+        raise argparse.ArgumentTypeError(f'"{text}" is no number of them, 1 or more')
     return int(text)
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _examples(text: str) -> tuple[int, ...]:
+    """In rising order, ALL last."""
+    parts = text.split(",")
+    if not all(part == "all" or part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f'"{text}" is not numbers of examples joined by commas, like 16,100,all')
+    found = sorted(int(part) for part in parts if part != "all")
+    if found and not found[0]:
+        raise argparse.ArgumentTypeError("a number of examples must be 1 or more")
+    repeated = next((part for part in parts if parts.count(part) > 1), None)
+    if repeated is not None:
+        raise argparse.ArgumentTypeError(f'"{text}" names {repeated} twice')
+    return (*found, *([ALL] if "all" in parts else []))
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
     plan = FULL
     if args.quick:
         plan = QUICK
     elif args.rows:
         plan = wide(args.rows)
+    if args.examples:
+        plan = replace(plan, sizes=args.examples, with_ceiling=ALL in args.examples)
     return replace(plan, seeds=args.seeds) if args.seeds else plan
 
 
 def _run(args: argparse.Namespace) -> int:
-    plan = _plan(args)
+    plan = plan_of(args)
     sets = Sets(plan, args.data)
+    if args.jobs > 1 and args.threads is None:
+        args.threads = max(1, cores() // args.jobs)
     backbone = backbones(args)[0]
     results = Results(args.out.parent / "results.jsonl", header(plan, sets, backbone.spec), args.resume)
-    work = args.work or args.out.parent / ".experiment"
     console = Console()
     with _Screen(console, plan, results) as screen:
-        tokenizer = TextTokenizer(backbone.path)
+        ledger = Told(results, screen.finished)
         try:
-            Experiment(plan, sets, backbone, tokenizer, results, work, screen.finished).run()
+            if args.jobs > 1:
+                run_steps(list(steps(plan)), args.jobs, partial(_prepared, args, plan), ledger)
+            else:
+                _experiment(args, plan, sets, backbone, ledger).run()
         except KeyboardInterrupt:
             Console(stderr=True).print("manifold experiment: interrupted, go on with --resume", markup=False)
             return _INTERRUPTED
     experiment_report.write(args.out, _story(args, plan, sets, results, backbone))
     console.print(f"{args.out}", soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def _prepared(args: argparse.Namespace, plan: Plan, ledger: Ledger) -> Work:
+    """In a process of its own."""
+    return _experiment(args, plan, Sets(plan, args.data), backbones(args)[0], ledger).take
+
+
+def _experiment(args: argparse.Namespace, plan: Plan, sets: Sets, backbone: Backbone, ledger: Ledger) -> Experiment:
+    work = args.work or args.out.parent / ".experiment"
+    return Experiment(plan, sets, backbone, TextTokenizer(backbone.path), ledger, work)
 
 
 def _story(
@@ -111,13 +155,15 @@ def _story(
         tables=sets.whole,
         shared_texts=sets.shared_texts(),
         command=_command(args, plan),
-        machine=_machine(backbone),
+        machine=_machine(backbone) + (f", {args.jobs} steps at once" if args.jobs > 1 else ""),
         model=f"{backbone.spec.name}, {backbone.spec.num_layers} layers, frozen, in {backbone.spec.dtype}",
     )
 
 
 def _command(args: argparse.Namespace, plan: Plan) -> str:
     size = " --quick" if args.quick else f" --rows {args.rows}" if args.rows else ""
+    if args.examples:
+        size += f" --examples {','.join('all' if count == ALL else str(count) for count in plan.sizes)}"
     return f"manifold experiment --data DATA{size} --seeds {','.join(map(str, plan.seeds))}"
 
 

@@ -6,11 +6,11 @@ After Huang et al. 2023 (arXiv 2305.13499). Knows nothing of how a number is fou
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from app.domain import ProblemType
 from app.errors import SettingsError
@@ -145,8 +145,64 @@ def cells(plan: Plan) -> Iterator[Cell]:
                 yield Cell(Part.TARGET, seed, target, CEILING)
 
 
+class Kind(StrEnum):
+    """What one step does."""
+
+    SHARED = "training of"
+    WHOLE = "fine-tuning of"
+    SOURCE = "source"
+    TARGETS = "heads on"
+    CEILING = "full fine-tuning for"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Work that finds some of the cells, apart from all other steps but those that it needs."""
+
+    kind: Kind
+    seed: int
+    name: str  # a source, a target, or a representation
+    needs: tuple[Step, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}, seed {self.seed}"
+
+
+def steps(plan: Plan) -> Iterator[Step]:
+    """All of a run, what others need before them and the longest first."""
+    for seed in plan.seeds:
+        trained = {}
+        for kind, called in ((Kind.SHARED, SHARED), (Kind.WHOLE, WHOLE)):
+            for name in (called, without_last(called, plan)):
+                trained[name] = Step(kind, seed, name)
+        sources = {source: Step(Kind.SOURCE, seed, source) for source in plan.sources}
+        yield from (*trained.values(), *sources.values())
+        for name in representations(plan):
+            yield Step(Kind.TARGETS, seed, name, _needed(name, plan, trained, sources))
+        if plan.with_ceiling:
+            yield from (Step(Kind.CEILING, seed, target) for target in plan.targets)
+
+
+def _needed(name: str, plan: Plan, trained: Mapping[str, Step], sources: Mapping[str, Step]) -> tuple[Step, ...]:
+    """The steps that make a representation."""
+    if name in trained:
+        return (trained[name],)
+    own = {alone(source): (step,) for source, step in sources.items()}
+    combined = {COMBINATION: plan.sources, without_last(COMBINATION, plan): plan.sources[:-1]}
+    return own.get(name, tuple(sources[source] for source in combined.get(name, ())))
+
+
 def measure_of(task: str, problem_type: ProblemType) -> str:
     return MEASURED.get(task, MEASURES[problem_type])
+
+
+class Ledger(Protocol):
+    """Where finished cells go."""
+
+    @property
+    def found(self) -> Mapping[Cell, Outcome]: ...
+
+    def add(self, cell: Cell, outcome: Outcome) -> None: ...
 
 
 class Results:
@@ -186,6 +242,22 @@ class Results:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise SettingsError(f"{self._path} cannot be written: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A ledger whose new cells somebody hears of."""
+
+    kept: Ledger
+    tell: Callable[[Cell, Outcome], None]
+
+    @property
+    def found(self) -> Mapping[Cell, Outcome]:
+        return self.kept.found
+
+    def add(self, cell: Cell, outcome: Outcome) -> None:
+        self.kept.add(cell, outcome)
+        self.tell(cell, outcome)
 
 
 def _record(line: str) -> dict[str, Any] | None:

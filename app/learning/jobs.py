@@ -29,6 +29,7 @@ from rich.text import Text
 
 from app.engine.artifact import MANIFEST
 from app.errors import SettingsError
+from app.learning.terminal import cores
 
 # `env`, because OpenMP reads the policy when it is loaded: waiting threads of several processes must not spin.
 _CHILD = ("env", "OMP_WAIT_POLICY=PASSIVE", sys.executable, "-u", "-m", "app.learning.command")
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--jobs",
         type=int,
-        default=max(1, _cores() // 2),
+        default=max(1, cores() // 2),
         metavar="N",
         help="how many of them at once; default one for two cores: %(default)s",
     )
@@ -70,7 +71,7 @@ def run(config: Path, jobs: int, parser: argparse.ArgumentParser, console: Conso
     if jobs < 1:
         raise SettingsError("--jobs must be 1 or more")
     at_once = min(jobs, len(runs))
-    threads = max(1, _cores() // at_once)
+    threads = max(1, cores() // at_once)
     with _live(runs, console) if console.is_terminal else nullcontext():
         tell = _silent if console.is_terminal else _teller(console)
         was_stopped = asyncio.run(_run_all(runs, at_once, threads, tell))
@@ -78,12 +79,6 @@ def run(config: Path, jobs: int, parser: argparse.ArgumentParser, console: Conso
     if was_stopped:
         return _INTERRUPTED
     return 0 if all(run.state is _State.DONE for run in runs) else 1
-
-
-def _cores() -> int:
-    """That this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

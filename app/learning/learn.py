@@ -51,8 +51,8 @@ class Options:
     pool: tuple[Path, ...] = ()  # artifacts whose prefixes may be combined
     compose: bool = False  # choose among tuples of the pool's prefixes instead
     tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
-    baselines: bool = False
-    finetuning: FinetuneSettings | None = None  # of the whole backbone, as the ceiling among the baselines
+    baselines: bool = False  # the cheap ones
+    finetuning: FinetuneSettings | None = None  # of the whole backbone, as the ceiling
     raise_epochs: bool = False  # where rows are few, for enough steps
     golden: Path | None = None  # inputs for the golden examples; None: rows of dev
     command: str = ""  # as it was typed, for the report
@@ -113,9 +113,9 @@ def learn(
         watcher.stage("training", recipe.epochs)
         learned = _finish(study, study.fit(completed))
     baselines: dict[str, Baseline] = {}
-    if options.baselines and not learned.was_interrupted:
+    if (options.baselines or options.finetuning) and not learned.was_interrupted:
         try:
-            baselines = reporting.baselines(study, recipe, options.finetuning)
+            baselines = reporting.baselines(study, recipe, options.baselines, options.finetuning)
         except KeyboardInterrupt:
             learned = replace(learned, was_interrupted=True)
     with writer.new_folder(out) as folder:

@@ -45,15 +45,19 @@ class Story:
     size_bytes: int
 
 
-def baselines(study: Study, recipe: Recipe, finetuning: FinetuneSettings | None) -> dict[str, Baseline]:
+def baselines(
+    study: Study, recipe: Recipe, with_cheap: bool, finetuning: FinetuneSettings | None
+) -> dict[str, Baseline]:
     """What a user has without a prefix or a readout: figures on dev and test, by name. As many epochs as `recipe`.
 
     `finetuning`: how the ceiling is trained; None: it is left out.
     """
     tables = study.tables
     study.watcher.stage("baselines", 0)
-    found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
-    found[LINEAR] = _linear(study, recipe)
+    found: dict[str, Baseline] = {}
+    if with_cheap:
+        found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
+        found[LINEAR] = _linear(study, recipe)
     if finetuning is not None:
         found[CEILING] = _full(study, finetuning)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,12 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="of the frozen layers while training, default auto; figures are float32's"
     )
     group.add_argument("--threads", type=int, metavar="N", help="of one operator on a CPU; default torch's own choice")
+
+
+def cores() -> int:
+    """That this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def backbones(args: argparse.Namespace) -> tuple[Backbone, Backbone]:

@@ -28,6 +28,7 @@ from app.learning.experiment_plan import (
     Plan,
     PrefixSettings,
     Results,
+    Told,
     cells,
     wide,
 )
@@ -80,7 +81,8 @@ class Run:
         path = self.folder / "results.jsonl"
         results = Results(path, header(self.plan, self.sets, self.backbone.spec), resume)
         tokenizer = TextTokenizer(self.backbone.path)
-        Experiment(self.plan, self.sets, self.backbone, tokenizer, results, self.folder / "work", report).run()
+        ledger = Told(results, report)
+        Experiment(self.plan, self.sets, self.backbone, tokenizer, ledger, self.folder / "work").run()
         return results
 
 
@@ -239,10 +241,33 @@ def test_the_command(
     assert "manifold experiment: nowhere/words/train.tsv cannot be read" in capsys.readouterr().err
 
 
+def scores(folder: Path) -> dict[str, tuple[float, float]]:
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()[1:]]
+    return {json.dumps(line["cell"]): (line["outcome"]["score"], line["outcome"]["dev"]) for line in lines}
+
+
+def test_steps_at_once_find_what_one_by_one_finds(
+    data: Path, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment_command, "QUICK", replace(PLAN, seeds=(0,)))
+    parser = argparse.ArgumentParser()
+    experiment_command.add_arguments(parser)
+    given = ["--data", str(data), "--quick", "--model", str(model_path), "--dtype", "float32", "--threads", "1"]
+    for name, jobs in (("one", "1"), ("two", "2")):
+        out = tmp_path / name / "EXPERIMENT.md"
+        assert experiment_command.run(parser.parse_args([*given, "--out", str(out), "--jobs", jobs])) == 0
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
+    assert "1 thread, 2 steps at once" in (tmp_path / "two" / "EXPERIMENT.md").read_text()
+
+
 def test_a_number_of_rows_keeps_all_sets_and_few_examples_of_each(
     data: Path, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = wide(800)
+    few = argparse.Namespace(quick=False, rows=800, seeds=None, examples=None)
+    plan = experiment_command.plan_of(few)
+    assert plan == wide(800)
+    every = experiment_command.plan_of(argparse.Namespace(**vars(few) | {"examples": (16, ALL)}))
+    assert (every.sizes, every.with_ceiling, every.source_rows) == ((16, ALL), True, 800)
     assert (plan.sources, plan.targets, plan.seeds) == (FULL.sources, FULL.targets, FULL.seeds)
     assert (plan.source_rows, plan.sizes, plan.with_ceiling) == (800, (16, 100), False)
     monkeypatch.setattr(
@@ -257,9 +282,13 @@ def test_a_number_of_rows_keeps_all_sets_and_few_examples_of_each(
     assert "`manifold experiment --data DATA --rows 40 --seeds 1`" in text and "40 rows of each source" in text
     capsys.readouterr()
     for wrong, words in (
-        (["--rows", "none"], '"none" is no number of rows'),
+        (["--rows", "none"], '"none" is no number of them'),
         (["--rows", "0"], '"0" is no'),
         (["--rows", "9", "--quick"], "not allowed with"),
+        (["--examples", "16,some"], '"16,some" is not numbers'),
+        (["--examples", "16,16"], "16 twice"),
+        (["--examples", "0"], "1 or more"),
+        (["--jobs", "0"], '"0" is no'),
     ):
         with pytest.raises(SystemExit):
             parser.parse_args([*given, *wrong])

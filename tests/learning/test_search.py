@@ -18,6 +18,7 @@ from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError
 from app.learning.compose import compose, usable
+from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Options, learn, with_enough_steps
 from app.learning.prepare import cache_plan, read_frozen
 from app.learning.recipe import Recipe
@@ -120,6 +121,13 @@ def test_the_search_ends_in_an_artifact_that_says_what_was_tried(tmp_path: Path,
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bare trunk" in report and "own prefix from layer" in report and "<svg" in report
     read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_the_ceiling_is_measured_without_the_cheap_baselines_too(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    options = Options(finetuning=FinetuneSettings(epochs=1))
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(), options)
+    assert set(manifest["baselines"]) == {"full fine-tuning"}
 
 
 def test_a_head_on_the_prefixes_of_others(tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]) -> None:
