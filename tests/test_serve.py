@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import threading
@@ -142,6 +143,19 @@ def test_a_signal_while_loading_ends_it_at_once(tmp_path: Path) -> None:
         wait_for(lambda: any("the index is embedded" in line for line in server.log), 30)
         server.signal(signal.SIGTERM)
         assert server.wait(10) == 128 + signal.SIGTERM
+
+
+def test_nobody_but_the_engine_keeps_helpers_of_openmp(tmp_path: Path) -> None:
+    """Else there are more of them than processors, and none waits awake for an operator."""
+    write_artifact(tmp_path / "spam", Backbone.load("embedded", "cpu", "float32").spec, "spam", ("ham", "spam"))
+    arguments = ("--port", "0", "--prefixes", str(tmp_path), "--drain-grace-s", "0", "--tokenization-workers", "1")
+    counts = {}
+    for threads in (1, 3):
+        with ServerProcess("app.cli", "serve", *arguments, "--threads", str(threads)) as server:
+            url = server.wait_until_ready()
+            assert httpx2.post(f"{url}/v1/predict", json={"inputs": "You won! " * 50}).status_code == 200
+            counts[threads] = len(os.listdir(f"/proc/{server.process.pid}/task"))
+    assert counts[3] == counts[1] + 2 * 2  # the engine's, and those of another pool that torch makes of the same size
 
 
 def test_the_real_server_answers_with_the_embedded_backbone(tmp_path: Path) -> None:

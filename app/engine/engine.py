@@ -18,7 +18,7 @@ import torch
 
 from app.domain import BatchReport, EngineRequest, EngineResult, Plan, TaskOutput
 from app.engine.artifact import Artifact
-from app.engine.backbone import Backbone
+from app.engine.backbone import Backbone, apart
 from app.engine.batch import Batch, Work, lay_out, shares
 from app.engine.forward import Begun, begin_batch
 from app.engine.graphs import TrunkGraphs
@@ -164,7 +164,7 @@ class Engine:
 
         Whoever holds the handle that is returned keeps it resident, also after `unload`.
         """
-        return self.bank.load(artifact)
+        return apart(lambda: self.bank.load(artifact))
 
     def unload(self, digest: str) -> None:
         """Forget a version. Requests that were submitted before, or hold its handle, still end with its answer."""

@@ -9,12 +9,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from app.domain import TaskVersion, TextInput
 from app.engine.artifact import FILES, MANIFEST, Artifact, embedding_artifact, manifest_bytes, read_artifact
+from app.engine.backbone import apart
 from app.engine.engine import Engine
 from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
@@ -72,7 +74,7 @@ class Loader:
         """
         with self._traces.part("load") as told:
             with self._traces.part("verify"):
-                artifact = read_artifact(folder, self.engine.spec, options)
+                artifact = apart(lambda: read_artifact(folder, self.engine.spec, options))
             told |= {"manifold.task": artifact.manifest["task"], "manifold.digest": artifact.digest}
             return self._load(artifact)
 
@@ -101,7 +103,7 @@ class Loader:
         differences = []
         for folder in folders:
             try:
-                artifact = read_artifact(folder, self.engine.spec)
+                artifact = apart(partial(read_artifact, folder, self.engine.spec))
                 handle = self.engine.load(artifact)
                 differences.append(check_golden(self.engine, self.tokenizer, artifact))
                 self.engine.unload(artifact.digest)
