@@ -9,18 +9,19 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from app.engine.backbone import Backbone, set_threads
+from app.engine.backbone import Backbone, apart, set_threads
 from app.engine.host_memory import keep_freed_memory
 from tests.bench.fanout import (
     COUNTS,
     KINDS,
     Cell,
     Texts,
-    make_texts,
+    making_texts,
     measure_adapterhub,
     measure_engine,
     measure_peft,
@@ -47,12 +48,13 @@ def main() -> None:
     console = Console(highlight=False)
     cells: list[Cell] = []
     for dtype in args.dtypes:
-        backbone = Backbone.load("embedded", "cpu", dtype)
+        backbone = apart(partial(Backbone.load, "embedded", "cpu", dtype))
         for texts, tokens in _SHAPES[:2] if args.quick else _SHAPES:
-            shape = make_texts(backbone.path, dtype, texts, tokens, not args.no_compile)
-            for cell in _cells(args, backbone, shape):
-                console.print(_line(cell))
-                cells.append(cell)
+            is_compiled = not args.no_compile
+            with making_texts(backbone.path, dtype, texts, tokens, is_compiled, args.threads) as shape:
+                for cell in _cells(args, backbone, shape):
+                    console.print(_line(cell))
+                    cells.append(cell)
     resident = measure_resident(Backbone.load("embedded", "cpu", "float32"))
     console.print(asdict(resident))
     startup_s = measure_startup()
@@ -69,7 +71,7 @@ def _cells(args: argparse.Namespace, backbone: Backbone, texts: Texts) -> Iterat
     counts = [n for n in COUNTS if n <= 16]
     all_counts = counts if args.quick else COUNTS
     yield from measure_engine(backbone, texts, all_counts, args.repetitions, args.budget_s)
-    yield from measure_peft(backbone, texts, counts, args.repetitions, args.budget_s)
+    yield from apart(lambda: list(measure_peft(backbone, texts, counts, args.repetitions, args.budget_s)))
     yield from measure_adapterhub(backbone.path, texts, counts, args.threads, 2 * args.repetitions)
 
 
@@ -85,7 +87,7 @@ def _report(threads: int, cells: Sequence[Cell], resident: Resident, startup_s: 
         "# Fan-out: what N tasks cost\n",
         f"{date.today()}, {describe(threads, ' and '.join(dtypes))}. Written by `make bench-fanout`.\n",
         "Each number is time over that of the bare backbone's forward (transformers, no task at all, eager or compiled "
-        "as is faster) on the same texts in the same dtype: the median of paired runs. In brackets the planned passes. "
+        "as is faster) on the same texts in the same dtype: the median of paired turns. In brackets planned passes. "
         "Prefixes have 16 virtual tokens. AdapterHub's is over an eager forward in its own environment.\n",
         "The target, for up to 16 tasks: at most 1.08 times the planned passes for 8 texts, 1.2 times for one. What "
         "misses it is marked *.\n",

@@ -1,7 +1,7 @@
 """Fan-out: the engine's time for N tasks over the bare backbone's forward on the same texts, beside its peers.
 
-The bare forward is transformers' own, eager or compiled, whichever is faster on these texts. It and the engine take
-turns in one process, and each cell is the median of the ratios of neighbours, so that a slow moment hits both.
+The bare forward is transformers' own, eager or compiled, whichever is faster on these texts, in a process of its own.
+It and the engine take turns, and each cell is the median of the ratios of neighbours, so that a slow moment hits both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +22,16 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from app.domain import Encoding, EngineRequest, TaskVersion
-from app.engine.backbone import Backbone
+from app.engine.backbone import Backbone, apart
 from app.engine.engine import Engine
 from app.engine.plan import make_plan
-from tests.bench.limits_cases import even_case
-from tests.bench.limits_torch import DTYPES, compiled, eager, fastest
+from tests.bench.limits_cases import even_case, timed_turn
+from tests.bench.limits_process import torch_subject
+from tests.bench.limits_torch import COMPILED, DTYPES, EAGER
 from tests.engine.models import make_artifact
 
 VIRTUAL_TOKENS = 16
+_TURN_S = 0.1  # how long each runs before the other does, at least
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 _ROOT = Path(__file__).resolve().parents[2]
 _ADAPTERHUB = _ROOT / ".venv-adapterhub/bin/python"
@@ -40,7 +44,7 @@ class Texts:
     dtype: str
     encodings: tuple[Encoding, ...]
     bare_name: str
-    bare: Callable[[], object]
+    bare_s: Callable[[float], float]  # median seconds of the bare forwards that fill so many seconds
 
     @property
     def name(self) -> str:
@@ -85,14 +89,17 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def make_texts(path: str, dtype: str, texts: int, tokens: int, with_compiled: bool) -> Texts:
+@contextmanager
+def making_texts(path: str, dtype: str, texts: int, tokens: int, with_compiled: bool, threads: int) -> Iterator[Texts]:
     case = even_case(texts, tokens)
-    ways = [eager(path, dtype), *([compiled(path, dtype)] if with_compiled else [])]
-    runs = {way.name: way.prepare(case.texts, True) for way in ways}
-    for run in runs.values():
-        run()
-    best = fastest(runs)
-    return Texts(dtype, tuple(Encoding(tuple(ids), (0,) * tokens) for ids in case.texts), best, runs[best])
+    with ExitStack() as stack:
+        names = [EAGER, *([COMPILED] if with_compiled else [])]
+        ways = [stack.enter_context(torch_subject(name, path, dtype, threads)) for name in names]
+        for way in ways:
+            way.settle(case)
+        best = min(ways, key=lambda way: way.turn_s(case, 0.3))
+        encodings = tuple(Encoding(tuple(ids), (0,) * tokens) for ids in case.texts)
+        yield Texts(dtype, encodings, best.name, partial(best.turn_s, case))
 
 
 def measure_engine(
@@ -110,7 +117,7 @@ def measure_engine(
             def run(request: EngineRequest = request) -> object:
                 return engine.submit(request).result()
 
-            median_s, ratio = side_by_side(run, texts.bare, least_repetitions, budget_s)
+            median_s, ratio = side_by_side(run, texts.bare_s, least_repetitions, budget_s)
             yield Cell(kind, count, texts, plans[0].passes, median_s * 1000, ratio)
         for version in versions:
             engine.unload(version.digest)
@@ -143,7 +150,7 @@ def measure_peft(
                 outputs.append(model(input_ids=ids, attention_mask=mask).logits)
             return outputs
 
-        median_s, ratio = side_by_side(run, texts.bare, least_repetitions, budget_s)
+        median_s, ratio = side_by_side(run, texts.bare_s, least_repetitions, budget_s)
         yield Cell("PEFT, a forward a task", count, texts, None, median_s * 1000, ratio)
 
 
@@ -177,32 +184,26 @@ def measure_adapterhub(
 
 
 def side_by_side(
-    subject: Callable[[], object], baseline: Callable[[], object], least: int, budget_s: float
+    subject: Callable[[], object], bare_s: Callable[[float], float], least: int, budget_s: float
 ) -> tuple[float, float]:
-    """Median seconds of `subject` and median ratio to the baseline runs around it, after one warm-up of each."""
+    """Median seconds of `subject` and median ratio to the bare turns around it, after one warm-up of each."""
     subject()
-    baseline()
     began = time.perf_counter()
     seconds: list[float] = []
     ratios: list[float] = []
-    before = _timed(baseline)
+    before = bare_s(_TURN_S)
     while len(seconds) < least or time.perf_counter() - began < budget_s:
-        seconds.append(_timed(subject))
-        after = _timed(baseline)
+        seconds.append(timed_turn(subject, _TURN_S))
+        after = bare_s(_TURN_S)
         ratios.append(seconds[-1] / ((before + after) / 2))
         before = after
     return statistics.median(seconds), statistics.median(ratios)
 
 
-def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def _version(engine: Engine, options: dict[str, object], seed: int) -> TaskVersion:
     """A version with random tensors; of a shared kind all versions have the prefixes of the first."""
     own = {key: value for key, value in options.items() if key != "shared"}
-    artifact = make_artifact(engine.spec, f"task{seed}", seed=0 if options.get("shared") else seed, labels=4, **own)
+    shared = 0 if options.get("shared") else seed
+    artifact = apart(lambda: make_artifact(engine.spec, f"task{seed}", seed=shared, labels=4, **own))
     engine.load(artifact)
     return artifact.version(1)

@@ -13,46 +13,22 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from app.engine.backbone import Backbone, set_threads
-from app.engine.host_memory import keep_freed_memory
+from app.engine.backbone import Backbone
 from tests.bench.limits_cases import Case, even_case, mixed_case
+from tests.bench.limits_process import Outside, beside, torch_subject
 from tests.bench.limits_report import Timing, report
-from tests.bench.limits_torch import Subject, compiled, dynamic_int8, eager, engine_subjects, forward, load_network
-from tests.bench.lines import ask
+from tests.bench.limits_torch import COMPILED, DIRECT, EAGER, FROZEN, INT8, SUBMITTED, forward, load_network
 from tests.bench.load_texts import MIXED, MIXED_BLOCK, make_texts
 
 REPORT = Path(__file__).with_name("LIMITS.md")
 _ROOT = Path(__file__).resolve().parents[2]
 _PYTHON = _ROOT / ".venv-limits/bin/python"
 _LEAST_COSINE = 0.99  # between a runtime's state of one token and torch's: it computes the same encoder
-
-
-@dataclass
-class Outside:
-    """A runtime in a process of the other environment."""
-
-    name: str
-    dtype: str
-    process: subprocess.Popen[str]
-    states: dict[str, list[float]] = field(default_factory=dict)  # by case: of the first token of the shortest text
-
-    def settle(self, case: Case) -> int:
-        answer = self._ask({"case": case.name, "texts": case.texts, "batch_sizes": case.batch_sizes})
-        self.states[case.name] = answer["state"]
-        return int(answer["batch"])
-
-    def turn_s(self, case: Case, seconds: float) -> float:
-        return float(self._ask({"case": case.name, "turn_s": seconds})["seconds"])
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        return ask(self.process, question, self.name)
 
 
 @contextmanager
@@ -70,12 +46,11 @@ def outside_subjects(path: str, folder: Path, threads: int) -> Iterator[list[Out
         subjects = []
         for name, dtype in kinds:
             command = [*base, name.lower().replace(" ", ""), file, "--dtype", dtype, "--threads", str(threads)]
-            process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            subjects.append(Outside(name, dtype, stack.enter_context(process)))
+            subjects.append(stack.enter_context(beside(name, dtype, command)))
         yield subjects
 
 
-def measure(subjects: Sequence[Subject], case: Case, rounds: int, turn_s: float) -> list[Timing]:
+def measure(subjects: Sequence[Outside], case: Case, rounds: int, turn_s: float) -> list[Timing]:
     """All subjects take turns, `rounds` times, each round beginning with another."""
     batches = [subject.settle(case) for subject in subjects]
     turns: list[list[float]] = [[] for _ in subjects]
@@ -111,19 +86,14 @@ def make_cases(path: str, folder: Path, names: Sequence[str]) -> list[Case]:
     return [mixed_case(lengths) if name == MIXED else even_case(*map(int, name.split("x"))) for name in names]
 
 
-def make_subjects(path: str, dtypes: Sequence[str], is_compiled: bool, stack: ExitStack) -> list[Subject]:
-    """Those of this process; their engines run until the stack ends."""
-    subjects: list[Subject] = []
+def torch_subjects(
+    path: str, dtypes: Sequence[str], is_compiled: bool, threads: int
+) -> Iterator[AbstractContextManager[Outside]]:
     for dtype in dtypes:
-        subjects.append(eager(path, dtype))
-        if is_compiled:
-            subjects += [compiled(path, dtype), compiled(path, dtype, is_frozen=True)]
-        engines, engine = engine_subjects(path, dtype)
-        stack.callback(engine.close)
-        subjects += engines
+        names = [EAGER, *([COMPILED, FROZEN] if is_compiled else []), DIRECT, SUBMITTED]
+        yield from (torch_subject(name, path, dtype, threads) for name in names)
     if "float32" in dtypes:
-        subjects.append(dynamic_int8(path))
-    return subjects
+        yield torch_subject(INT8, path, "float32", threads)
 
 
 def main() -> None:
@@ -137,13 +107,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REPORT)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    keep_freed_memory()
-    set_threads(options.threads)
     path = Backbone.load("embedded", "cpu", "float32").path
     timings: list[Timing] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="limits-")))
-        subjects = make_subjects(path, options.dtypes, not options.no_compile, stack)
+        begun = torch_subjects(path, options.dtypes, not options.no_compile, options.threads)
+        subjects = [stack.enter_context(subject) for subject in begun]
         outsiders = stack.enter_context(outside_subjects(path, folder, options.threads))
         outsiders = [outsider for outsider in outsiders if outsider.dtype in options.dtypes]
         cases = make_cases(path, folder, options.cases)

@@ -1,10 +1,10 @@
-"""The subjects of the limits benchmark that run in this process: transformers' own encoder, and Manifold's engine."""
+"""The subjects of the limits benchmark that torch runs: transformers' own encoder, and Manifold's engine."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from app.domain import Encoding, EngineRequest, Plan
-from app.engine.backbone import Backbone
+from app.engine.backbone import Backbone, apart
 from app.engine.batch import Work, lay_out
 from app.engine.engine import CPU_CHUNK_TOKENS, Engine
 from app.engine.forward import run_batch
@@ -20,6 +20,9 @@ from app.engine.plan import make_plan
 from tests.bench.limits_cases import Case, Ids, padded, timed_turn
 from tests.engine.models import make_artifact
 
+EAGER, COMPILED, FROZEN = "torch, eager", "torch.compile", "torch.compile, frozen weights"
+DIRECT, SUBMITTED = "**Manifold: lay_out, run_batch**", "**Manifold: Engine.submit**"
+INT8 = "torch, eager, int8 weights (dynamic)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Run = Callable[[], Any]
 Key = TypeVar("Key")
@@ -28,22 +31,9 @@ Prepare = Callable[[Ids, bool], Run]  # a batch, and whether its shape is the on
 torch._dynamo.config.recompile_limit = 256  # a compilation for each shape; past this many torch would go back to eager
 
 
-class Subject(Protocol):
-    """Something that runs a case's texts. `settle` before `turn_s`."""
-
-    name: str
-    dtype: str
-
-    def settle(self, case: Case) -> int:
-        """Choose the fastest batch size and warm up; returns the size."""
-        ...
-
-    def turn_s(self, case: Case, seconds: float) -> float:
-        """Median seconds of the runs in one turn."""
-        ...
-
-
 class Local:
+    """Something that runs a case's texts in this process. `settle` before `turn_s`."""
+
     def __init__(self, name: str, dtype: str, prepare: Prepare, takes_all: bool = False) -> None:
         self.name, self.dtype = name, dtype
         self.prepare = prepare
@@ -51,6 +41,7 @@ class Local:
         self._runs: dict[str, Run] = {}
 
     def settle(self, case: Case) -> int:
+        """Choose the fastest batch size and warm up; returns the size."""
         sizes = (len(case.texts),) if self._takes_all else case.batch_sizes
         runs: dict[int, Run] = {}
         for size in sizes:
@@ -61,6 +52,7 @@ class Local:
         return best
 
     def turn_s(self, case: Case, seconds: float) -> float:
+        """Median seconds of the runs in one turn."""
         return timed_turn(self._runs[case.name], seconds)
 
 
@@ -102,7 +94,7 @@ def forward(network: Callable[..., Any], texts: Ids) -> Run:
 
 def eager(path: str, dtype: str) -> Local:
     network = load_network(path, dtype)
-    return Local("torch, eager", dtype, lambda texts, _: forward(network, texts))
+    return Local(EAGER, dtype, lambda texts, _: forward(network, texts))
 
 
 def compiled(path: str, dtype: str, is_frozen: bool = False) -> Local:
@@ -110,7 +102,7 @@ def compiled(path: str, dtype: str, is_frozen: bool = False) -> Local:
     network = load_network(path, dtype)
     options: dict[str, str | int | bool | Callable[..., Any]] = {"freezing": is_frozen}
     for_one, for_any = (torch.compile(network, dynamic=dynamic, options=options) for dynamic in (False, True))
-    name = "torch.compile, frozen weights" if is_frozen else "torch.compile"
+    name = FROZEN if is_frozen else COMPILED
     return Local(name, dtype, lambda texts, is_static: forward(for_one if is_static else for_any, texts))
 
 
@@ -118,15 +110,17 @@ def dynamic_int8(path: str) -> Local:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = torch.ao.quantization.quantize_dynamic(load_network(path, "float32"), {nn.Linear}, dtype=torch.qint8)
-    return Local("torch, eager, int8 weights (dynamic)", "int8", lambda texts, _: forward(network, texts))
+    return Local(INT8, "int8", lambda texts, _: forward(network, texts))
 
 
-def engine_subjects(path: str, dtype: str) -> tuple[list[Local], Engine]:
-    """One task without a branch: the mean of the last layer and a head of four labels. The engine runs; close it."""
-    backbone = Backbone.load(path, "cpu", dtype)
+def engine_subject(path: str, dtype: str, is_submitted: bool) -> Local:
+    """One task without a branch: the mean of the last layer and a head of four labels.
+
+    `is_submitted`: through the engine's queue and thread, which runs from here on; else the forward alone.
+    """
+    backbone = apart(lambda: Backbone.load(path, "cpu", dtype))
     engine = Engine(backbone)
-    engine.start()
-    artifact = make_artifact(engine.spec, "task", labels=4)
+    artifact = apart(lambda: make_artifact(engine.spec, "task", labels=4))
     engine.load(artifact)
     version, resident = artifact.version(1), engine.bank.get(artifact.version(1).digest)
 
@@ -142,7 +136,7 @@ def engine_subjects(path: str, dtype: str) -> tuple[list[Local], Engine]:
         request = EngineRequest(plans(texts))
         return lambda: engine.submit(request).result()
 
-    return [
-        Local("**Manifold: lay_out, run_batch**", dtype, direct),
-        Local("**Manifold: Engine.submit**", dtype, submitted, takes_all=True),
-    ], engine
+    if not is_submitted:
+        return Local(DIRECT, dtype, direct)
+    engine.start()
+    return Local(SUBMITTED, dtype, submitted, takes_all=True)

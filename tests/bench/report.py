@@ -28,17 +28,17 @@ REPORTS = {
 }
 WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 
-- **OpenVINO at 1 × 32** (and in bfloat16 at 32 × 64). [PROFILE.md](PROFILE.md): nearly all of the time is the
-  twenty-four products (oneDNN, packed weights) and attention, not Python. A batch of one short text reads every
-  weight once, and oneDNN's kernels for so few rows reach half of what OpenVINO's do; from 8 × 128 on there is no
-  difference beyond 10 %. To close it the layers would have to run in OpenVINO itself, which cannot fork rows in
-  mid-stack or take prefixes.
-- **infinity on ONNX Runtime at 64 tokens and 64 at once.** The engine is faster than ONNX Runtime there (LIMITS.md,
-  32 × 64), but all 64 callers are answered by one batch and ask again at once, so the engine waits while they are
-  read and tokenized. In every other cell Manifold is ahead. Batches of 2,048 tokens (`max_batch_tokens`) overlap the
-  two, for 2 % more at 64 callers and 10 % at 16; they would also split a text with many branches, and run its trunk
-  twice, so they are not the default.
-- **Latency − engine at 256 tokens.** 1.2 to 1.7 ms at up to 64 tokens; the rest is tokenizing four times as much.
+- **OpenVINO at 1 × 32 in bfloat16.** [PROFILE.md](PROFILE.md): nearly all of the time is the twenty-four products
+  (oneDNN, packed weights) and attention, not Python. A batch of one short text reads every weight once, and oneDNN's
+  kernels for so few rows reach two thirds of what OpenVINO's do. To close it the layers would have to run in OpenVINO
+  itself, which cannot fork rows in mid-stack or take prefixes.
+- **infinity on ONNX Runtime with 64 at once.** The engine is faster than ONNX Runtime there (LIMITS.md, 32 × 64), but
+  all 64 callers are answered by one batch and ask again at once, so the engine waits while they are read and
+  tokenized. Batches of 2,048 tokens (`max_batch_tokens`) overlap the two, for 2 % more at 64 callers and 10 % at 16;
+  they would also split a text with many branches, and run its trunk twice, so they are not the default. At 16 tokens
+  the two servers are level, in every other cell Manifold is ahead. Single rounds move by a tenth and more.
+- **Latency − engine.** 1.7 ms at 16 tokens, 2.9 ms at 256: HTTP, the way through two threads, and tokenizing sixteen
+  times as much. The whole latency is below that of a bare forward alone.
 - **Eight tasks against AdapterHub's `Parallel` from layer 4.** It shares the layers below as Manifold does, so
   planned passes are equal and only the rest can differ. Against whole models and switched adapters the factors are
   met.
@@ -47,10 +47,10 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 - **p99 while versions are loaded on a GPU.** The four clients of that measurement, the engine and the loader share
   one Python interpreter; loading takes 2 to 3 ms of it per version. On the device the copies have a stream of their
   own.
-- **Watching at 16 tokens.** One by one beside a server without, the prediction log and drift were within noise, and the
-  lines and traces were not: both are made in Python, under the lock that the engine's thread needs between two
-  operators. (Lines were written one by one then, and are taken by the hundred now.) The benchmark also scrapes each
-  second, fifteen times as often as docker/prometheus asks.
+- **Watching.** What it adds is 1.3 % of a request's processor time with five answers, 2.0 % with one. But two cores run
+  the layers in step: what is taken from one is waited for on the other, so throughput gives up about twice as much.
+  Lines, spans and rows are made in Python. A lower priority for the threads that write them, and
+  a shorter switch interval of the interpreter, brought nothing.
 
 ## What was measured and left out
 
