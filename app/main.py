@@ -40,7 +40,7 @@ from app.api.process import Server, bound_socket, cannot_listen
 from app.api.shortcut import Shortcut
 from app.config import Settings, env_name, is_loopback, to_headers
 from app.domain import BatchReport
-from app.engine.backbone import Backbone, apart, choose, set_threads
+from app.engine.backbone import Backbone, choose, set_threads, without_helpers
 from app.engine.engine import Engine
 from app.engine.host_memory import keep_freed_memory
 from app.engine.tokenizer import TextTokenizer
@@ -346,7 +346,9 @@ def _load(settings: Settings, dtype: str, metrics: Metrics, traces: Tracing) -> 
         metrics.ran(report)
         traces.ran(report)
 
-    backbone = apart(lambda: _load_backbone(settings, dtype))
+    with without_helpers():  # and not apart: a signal ends the loading at once
+        backbone = Backbone.load(settings.model, settings.device, dtype)
+        backbone.release_layers()
     tokenizer = TextTokenizer(backbone.path)
     engine = Engine(
         backbone,
@@ -357,12 +359,6 @@ def _load(settings: Settings, dtype: str, metrics: Metrics, traces: Tracing) -> 
     )
     engine.start()
     return Loader(engine, tokenizer, traces=traces)
-
-
-def _load_backbone(settings: Settings, dtype: str) -> Backbone:
-    backbone = Backbone.load(settings.model, settings.device, dtype)
-    backbone.release_layers()
-    return backbone
 
 
 def _stop_loading(number: int, _: FrameType | None) -> NoReturn:

@@ -93,13 +93,14 @@ def _examples(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part == "all" or part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f'"{text}" is not numbers of examples joined by commas, like 16,100,all')
-    found = sorted(int(part) for part in parts if part != "all")
-    if found and not found[0]:
+    found = sorted(ALL if part == "all" else int(part) for part in parts)
+    if any(part != "all" and not int(part) for part in parts):
         raise argparse.ArgumentTypeError("a number of examples must be 1 or more")
-    repeated = next((part for part in parts if parts.count(part) > 1), None)
+    repeated = next((count for count in found if found.count(count) > 1), None)
     if repeated is not None:
-        raise argparse.ArgumentTypeError(f'"{text}" names {repeated} twice')
-    return (*found, *([ALL] if "all" in parts else []))
+        raise argparse.ArgumentTypeError(f'"{text}" names {"all" if repeated == ALL else repeated} twice')
+    few = tuple(count for count in found if count != ALL)
+    return (*few, ALL) if ALL in found else few
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
@@ -117,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = plan_of(args)
     sets = Sets(plan, args.data)
     if args.jobs > 1 and args.threads is None:
-        args.threads = max(1, cores() // args.jobs)
+        args.threads = max(1, cores() // min(args.jobs, len(list(steps(plan)))))
     backbone = backbones(args)[0]
     results = Results(args.out.parent / "results.jsonl", header(plan, sets, backbone.spec), args.resume)
     console = Console()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,10 @@ class _Failed:
     trace: str  # empty where the sentence says all
 
 
+class _ParentGone(Exception):
+    """Nobody is there to tell."""
+
+
 class _Sent:
     """A worker's ledger: what is added goes to the parent, who keeps it."""
 
@@ -49,7 +54,10 @@ class _Sent:
 
     def add(self, cell: Cell, outcome: Outcome) -> None:
         self.found[cell] = outcome
-        self._connection.send(_Found(cell, outcome))
+        try:
+            self._connection.send(_Found(cell, outcome))
+        except OSError as error:
+            raise _ParentGone from error
 
 
 class _Worker:
@@ -64,7 +72,8 @@ class _Worker:
 
     def give(self, step: Step) -> None:
         self.step = step
-        self.connection.send(step)
+        with suppress(OSError):  # it has died: whoever listens hears of it
+            self.connection.send(step)
 
 
 def run_steps(steps: Sequence[Step], jobs: int, prepare: Prepare, ledger: Ledger) -> None:
@@ -77,7 +86,8 @@ def run_steps(steps: Sequence[Step], jobs: int, prepare: Prepare, ledger: Ledger
     policy = os.environ.get("OMP_WAIT_POLICY")
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when OpenMP is loaded: waiting threads of several must not spin
     try:
-        workers += [_Worker(prepare, ledger.found) for _ in range(min(jobs, len(waiting)))]
+        for _ in range(min(jobs, len(waiting))):
+            workers.append(_Worker(prepare, ledger.found))
         while len(done) < len(steps):
             for worker in workers:
                 ready = next((step for step in waiting if done.issuperset(step.needs)), None)
@@ -107,16 +117,16 @@ def _heard(worker: _Worker) -> _Found | None:
         message = worker.connection.recv()
     except (EOFError, OSError):
         worker.process.join(_GRACE_S)
-        what = "before its first step" if worker.step is None else f"in {worker.step}"
+        where = "" if worker.step is None else f" in {worker.step}"
         code = worker.process.exitcode
         raise ManifoldError(
-            f"a process ended {what} with exit status {code}; -9 is mostly too little memory: try fewer --jobs, and "
+            f"a process ended{where} with exit status {code}; -9 is mostly too little memory: try fewer --jobs, and "
             "go on with --resume"
         ) from None
     if isinstance(message, _Failed):
         if message.trace:
             sys.stderr.write(message.trace)
-        raise ManifoldError(f"{worker.step}: {message.sentence}")
+        raise ManifoldError(message.sentence)
     assert message is None or isinstance(message, _Found)
     return message
 
@@ -137,15 +147,35 @@ def _end(workers: Sequence[_Worker]) -> None:
 def _serve(connection: Connection, prepare: Prepare, found: Mapping[Cell, Outcome]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and says what is to be done
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # half-written folders are taken away
-    with suppress(EOFError, BrokenPipeError):  # the parent is gone
-        try:
-            work = prepare(_Sent(connection, found))
-            while True:
-                work(connection.recv())
-                connection.send(None)
-        except ManifoldError as error:
-            connection.send(_Failed(str(error), ""))
-        except (EOFError, BrokenPipeError):
-            raise
-        except Exception as error:
-            connection.send(_Failed(repr(error), traceback.format_exc()))
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    what = ""
+    try:
+        work = prepare(_Sent(connection, found))
+        while (step := _received(connection)) is not None:
+            what = f"{step}: "
+            work(step)
+            connection.send(None)
+    except _ParentGone:
+        return
+    except Exception as error:
+        is_told = isinstance(error, ManifoldError)
+        sentence = str(error) if is_told else repr(error)
+        with suppress(OSError):
+            connection.send(_Failed(what + sentence, "" if is_told else traceback.format_exc()))
+
+
+def _received(connection: Connection) -> Step | None:
+    """None where the parent is gone."""
+    try:
+        step: Step = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return step
+
+
+def _end_with_the_parent() -> None:
+    """However it ends: a step may take an hour, and its result would find nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

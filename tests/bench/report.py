@@ -38,17 +38,17 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   they would also split a text with many branches, and run its trunk twice, so they are not the default. At 16 tokens
   the two servers are level, in every other cell Manifold is ahead. Single rounds move by a tenth and more.
 - **Latency − engine.** 1.7 ms at 16 tokens, 2.9 ms at 256: HTTP, the way through two threads, and tokenizing sixteen
-  times as much. The whole latency is below that of a bare forward alone.
+  times as much. At 64 tokens the whole latency is below that of a bare forward alone.
 - **Eight tasks against AdapterHub's `Parallel` from layer 4.** It shares the layers below as Manifold does, so
   planned passes are equal and only the rest can differ. Against whole models and switched adapters the factors are
   met.
 - **512 permits under overload.** A permit is a place in the queue: 512 of them are seconds. The default is for
-  bursts; the report shows the targets met with as many permits as the promised p99 allows.
+  bursts; with as many permits as the promised p99 allows, the report shows what is kept.
 - **p99 while versions are loaded on a GPU.** The four clients of that measurement, the engine and the loader share
   one Python interpreter; loading takes 2 to 3 ms of it per version. On the device the copies have a stream of their
   own.
 - **Watching.** What it adds is 1.3 % of a request's processor time with five answers, 2.0 % with one. But two cores run
-  the layers in step: what is taken from one is waited for on the other, so throughput gives up about twice as much.
+  the layers in step: what is taken from one is waited for on the other, so throughput gives up two to five times that.
   Lines, spans and rows are made in Python. A lower priority for the threads that write them, and
   a shorter switch interval of the interpreter, brought nothing.
 

@@ -286,7 +286,8 @@ def test_a_number_of_rows_keeps_all_sets_and_few_examples_of_each(
         (["--rows", "0"], '"0" is no'),
         (["--rows", "9", "--quick"], "not allowed with"),
         (["--examples", "16,some"], '"16,some" is not numbers'),
-        (["--examples", "16,16"], "16 twice"),
+        (["--examples", "16,016"], "16 twice"),
+        (["--examples", "all,all"], "all twice"),
         (["--examples", "0"], "1 or more"),
         (["--jobs", "0"], '"0" is no'),
     ):
