@@ -58,8 +58,8 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   activations it moves them by up to 0.11, and is a tenth faster from 8 × 128 on, slower below. Allowed is 0.01.
 - **Compiled layers.** [LIMITS.md](LIMITS.md): the fused layers are faster than inductor's in every cell.
 - **Trunk states of a text seen a moment ago.** [FANOUT.md](FANOUT.md), 8 × 32: a second task with an own prefix from
-  layer 4 costs 0.26 of a bare forward beside the first and 0.87 in a request of its own; a second readout 0.01 and
-  0.89. A caller has that gain today by naming both tasks in one request. To give it to two requests would take 0.7 MB
+  layer 4 costs 0.27 of a bare forward beside the first and 0.71 in a request of its own; a second readout 0.01 to 0.1
+  and 0.73. A caller has that gain today by naming both tasks in one request. To give it to two requests would take 0.7 MB
   a text of 64 tokens (seven layers in float32), so 64 MB would remember ninety texts.
 - **Variable-length packing on CUDA.** A queue of mixed lengths (8 to 256 tokens, half of them up to 40) is scheduled
   into batches of which 11 to 16 % are padding, so packing could save that much at most; the copies that leave it out
