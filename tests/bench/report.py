@@ -59,8 +59,8 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 - **Compiled layers.** [LIMITS.md](LIMITS.md): the fused layers are faster than inductor's in every cell.
 - **Trunk states of a text seen a moment ago.** [FANOUT.md](FANOUT.md), 8 × 32: a second task with an own prefix from
   layer 4 costs 0.27 of a bare forward beside the first and 0.71 in a request of its own; a second readout 0.01 to 0.1
-  and 0.73. A caller has that gain today by naming both tasks in one request. To give it to two requests would take 0.7 MB
-  a text of 64 tokens (seven layers in float32), so 64 MB would remember ninety texts.
+  and 0.73. A caller has that gain today by naming both tasks in one request. To give it to two requests would take
+  0.7 MB a text of 64 tokens (seven layers in float32), so 64 MB would remember ninety texts.
 - **Variable-length packing on CUDA.** A queue of mixed lengths (8 to 256 tokens, half of them up to 40) is scheduled
   into batches of which 11 to 16 % are padding, so packing could save that much at most; the copies that leave it out
   would move 24 kB a token and layer at d = 1,024, by the card's figures a tenth of the time of that token's products
