@@ -83,8 +83,6 @@ def run_steps(steps: Sequence[Step], jobs: int, prepare: Prepare, ledger: Ledger
     """
     waiting, done = list(steps), set[Step]()
     workers: list[_Worker] = []
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when OpenMP is loaded: waiting threads of several must not spin
     try:
         for _ in range(min(jobs, len(waiting))):
             workers.append(_Worker(prepare, ledger.found))
@@ -105,10 +103,6 @@ def run_steps(steps: Sequence[Step], jobs: int, prepare: Prepare, ledger: Ledger
                     ledger.add(message.cell, message.outcome)
     finally:
         _end(workers)
-        if policy is None:
-            del os.environ["OMP_WAIT_POLICY"]
-        else:
-            os.environ["OMP_WAIT_POLICY"] = policy
 
 
 def _heard(worker: _Worker) -> _Found | None:

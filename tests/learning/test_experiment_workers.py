@@ -102,9 +102,13 @@ def test_an_interrupt_ends_all_and_what_was_found_is_kept(tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGINT)
 
     kept, waiter = Kept(), threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
     waiter.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_steps(STEPS, 1, partial(prepared, tmp_path, "long"), kept)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_steps(STEPS, 1, partial(prepared, tmp_path, "long"), kept)
+    finally:
+        signal.signal(signal.SIGINT, before)
     waiter.join()
     assert set(kept.found) == {cell_of(FIRST)}
     assert not multiprocessing.active_children()
