@@ -27,12 +27,11 @@ from app.learning.experiment_plan import (
     ATTENTION,
     BARE,
     CEILING,
-    COMBINATION,
     LINEAR,
     LINEAR_RATE,
     OWN,
     READOUTS,
-    TOGETHER,
+    SHARED,
     WHOLE,
     Cell,
     Kind,
@@ -43,9 +42,9 @@ from app.learning.experiment_plan import (
     Step,
     alone,
     cells,
+    made_of,
     measure_of,
     steps,
-    without_last,
 )
 from app.learning.finetune import Texts, finetune, whole_logits
 from app.learning.multitask import Together, finetune_together, train_shared_prefix, write_prefix
@@ -130,18 +129,13 @@ class Experiment:
             case Kind.SOURCE:
                 self._source(step.name, step.seed)
             case Kind.SHARED:
-                self._shared_prefix(self._arrived(step.name), step.name, step.seed)
+                self._shared_prefix(made_of(step.name, self.plan), step.name, step.seed)
             case Kind.WHOLE:
-                self._whole_backbone(self._arrived(step.name), step.name, step.seed)
+                self._whole_backbone(made_of(step.name, self.plan), step.name, step.seed)
             case Kind.TARGETS:
                 self._targets(step.name, step.seed)
             case Kind.CEILING:
                 self._ceiling(step.name, step.seed)
-
-    def _arrived(self, representation: str) -> tuple[str, ...]:
-        """The sources that a representation of several is made of."""
-        is_before = representation in {without_last(name, self.plan) for name in TOGETHER}
-        return self.plan.sources[:-1] if is_before else self.plan.sources
 
     def _missing(self, wanted: Iterator[Cell] | Sequence[Cell]) -> list[Cell]:
         return [cell for cell in wanted if cell not in self.results.found]
@@ -287,9 +281,9 @@ class Experiment:
         """The frozen encoder and the prefixes that stand in it."""
         if name.startswith(WHOLE):
             return self._tuned(name, seed), ()
-        if name.startswith(COMBINATION):
-            return self.backbone, tuple(self._folder(alone(source), seed) for source in self._arrived(name))
-        return self.backbone, () if name == BARE else (self._folder(name, seed),)
+        if name.startswith(SHARED):
+            return self.backbone, (self._folder(name, seed),)
+        return self.backbone, tuple(self._folder(alone(source), seed) for source in made_of(name, self.plan))
 
     def _tuned(self, name: str, seed: int) -> Backbone:
         spec = self.backbone.spec

@@ -127,6 +127,15 @@ def representations(plan: Plan) -> tuple[str, ...]:
     return (BARE, *map(alone, plan.sources), *TOGETHER, *before)
 
 
+def made_of(representation: str, plan: Plan) -> tuple[str, ...]:
+    """The sources in a representation."""
+    if representation == BARE:
+        return ()
+    own = tuple(source for source in plan.sources if representation == alone(source))
+    is_before = representation in {without_last(name, plan) for name in TOGETHER}
+    return own or (plan.sources[:-1] if is_before else plan.sources)
+
+
 def cells(plan: Plan) -> Iterator[Cell]:
     """All that a finished run has."""
     for seed in plan.seeds:
@@ -178,18 +187,10 @@ def steps(plan: Plan) -> Iterator[Step]:
         sources = {source: Step(Kind.SOURCE, seed, source) for source in plan.sources}
         yield from (*trained.values(), *sources.values())
         for name in representations(plan):
-            yield Step(Kind.TARGETS, seed, name, _needed(name, plan, trained, sources))
+            own = tuple(sources[source] for source in made_of(name, plan))
+            yield Step(Kind.TARGETS, seed, name, (trained[name],) if name in trained else own)
         if plan.with_ceiling:
             yield from (Step(Kind.CEILING, seed, target) for target in plan.targets)
-
-
-def _needed(name: str, plan: Plan, trained: Mapping[str, Step], sources: Mapping[str, Step]) -> tuple[Step, ...]:
-    """The steps that make a representation."""
-    if name in trained:
-        return (trained[name],)
-    own = {alone(source): (step,) for source, step in sources.items()}
-    combined = {COMBINATION: plan.sources, without_last(COMBINATION, plan): plan.sources[:-1]}
-    return own.get(name, tuple(sources[source] for source in combined.get(name, ())))
 
 
 def measure_of(task: str, problem_type: ProblemType) -> str:
