@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -43,6 +44,14 @@ def wait_for(condition: object, timeout_s: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < until_s, "it did not happen in time"
         time.sleep(0.01)
+
+
+async def until(condition: object, timeout_s: float = 10.0) -> None:
+    """`wait_for` inside a coroutine."""
+    assert callable(condition)
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 class ServerProcess:

@@ -168,10 +168,14 @@ def measure_alone(bench: Bench, one: Running) -> None:
                 one.resume()
                 answers = run_alone(one.url, call.path, bodies)[5:]
                 one.pause()
-                engine = [float(a.headers["x-inference-time"]) for a in answers]
                 latency = [1000 * a.duration_s for a in answers]
+                engine, tokenization, queue, total = (
+                    [float(a.headers[f"x-{stage}-time"]) for a in answers]
+                    for stage in ("inference", "tokenization", "queue", "total")
+                )
                 beside = [x - y for x, y in zip(latency, engine, strict=True)]
-                kept = Alone(job.name, texts, number, *map(statistics.median, (latency, engine, beside)))
+                figures = (latency, engine, beside, tokenization, queue, total)
+                kept = Alone(job.name, texts, number, *map(statistics.median, figures))
                 bench.results.alone.append(kept)
                 console.print(
                     f"alone    {job.name:40} {texts:>5} tokens: {kept.latency_ms:.2f} ms, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,6 +24,7 @@ from tests.fakes import (
     make_version,
     snapshot_of,
 )
+from tests.serving import until
 
 pytestmark = pytest.mark.anyio
 HELLO = [TextInput("hello")]
@@ -44,13 +44,7 @@ def engine() -> FakeEngine:
 
 
 async def begun(engine: FakeEngine) -> None:
-    await until(lambda: bool(engine.futures))
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not holds():
-            await asyncio.sleep(0.005)
+    await until(lambda: engine.futures)
 
 
 async def test_cancelling_a_request_drops_what_it_had_queued(runtime: Runtime, engine: FakeEngine) -> None:
