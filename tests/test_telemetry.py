@@ -108,6 +108,44 @@ def test_what_is_said_last_is_written_before_the_end() -> None:
     assert stream.written[-1] == "the last"
 
 
+def test_a_line_is_made_on_the_thread_that_writes_it_in_its_turn() -> None:
+    stream, makers = Slow(), list[str]()
+    stream.opens.set()
+    aside = logs._Aside(logging.Formatter("%(message)s"), stream)
+    logging.root.handlers[:] = [aside]
+
+    def make() -> logging.LogRecord:
+        makers.append(threading.current_thread().name)
+        return line("made")
+
+    aside.handle(line("before"))
+    logs.log_made(logging.getLogger("access"), make)
+    aside.handle(line("behind"))
+    aside.close()
+    assert stream.written == ["before", "made", "behind"] and makers == ["log"]
+
+
+def test_a_line_that_cannot_be_made_takes_no_other_with_it() -> None:
+    stream = Slow()
+    stream.opens.set()
+    aside = logs._Aside(logging.Formatter("%(message)s"), stream)
+    aside.handle(line("before"))
+    aside.take(lambda: line(1 // 0))  # type: ignore[arg-type]
+    aside.handle(logging.makeLogRecord({"msg": "no text for %d", "args": ("x",)}))
+    aside.handle(line("behind"))
+    aside.flush()
+    assert stream.written == ["before", "behind"]
+    aside.handle(line("the next"))
+    aside.close()
+    assert stream.written[2:] == ["2 lines were dropped: the log is read too slowly", "the next"]
+
+
+def test_where_nothing_writes_aside_a_line_is_made_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    made = logging.makeLogRecord({"levelno": logging.INFO, "msg": "made"})
+    logs.log_made(logging.getLogger("access"), lambda: made)
+    assert [record.getMessage() for record in caplog.records] == ["made"]
+
+
 def test_a_reader_that_stopped_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_MOST_WAIT_S", 0.05)
     stream = Slow()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Mapping
 
 from starlette.types import Scope
 
 from app.api.routes import route_of
-from app.service.inference import Embeddings, Prediction
-from app.telemetry.logs import ACCESS
+from app.domain import Arm
+from app.service.inference import Prediction
+from app.service.usage import Timings, Usage
+from app.telemetry.logs import ACCESS, log_made
 
 logger = logging.getLogger(ACCESS)
 
@@ -23,33 +27,43 @@ def log_request(scope: Scope, status: int, duration_s: float) -> None:
 
 
 def _log(scope: Scope, status: int, duration_s: float) -> None:
-    """`said` of the request's state is the prediction or the embeddings, where there were any."""
-    state, method, path = scope["state"], scope["method"], scope["path"][:200]
-    fields: dict[str, object] = {
-        "method": method,
-        "route": route_of(scope),
-        "status": status,
-        "duration_ms": round(1000 * duration_s, 3),
-    }
-    principal = state.get("principal")
-    if principal is not None:
-        fields["actor"] = principal.name
-    said = state.get("said")
-    if said is not None:
-        fields |= _cost(said)
-    if isinstance(said, Prediction):
-        fields["versions"] = versions(said)
-    arguments = (method, path, status, 1000 * duration_s)
-    # What `logger.info` would make, without a walk through the stack to find who calls.
-    record = logging.LogRecord(ACCESS, logging.INFO, __file__, 0, "%s %s %d in %.1f ms", arguments, None)
-    record.__dict__.update(request_id=state["request_id"], fields=fields, **state["trace"].ids)
-    logger.handle(record)
+    """`said` of the request's state is the prediction or the embeddings, where there were any.
+
+    What waits for the log's thread holds none of its texts or scores.
+    """
+    state, method, path, at_s = scope["state"], scope["method"], scope["path"][:200], time.time()
+    said, principal = state.get("said"), state.get("principal")
+    route, request_id, ids = route_of(scope), state["request_id"], state["trace"].ids
+    actor = None if principal is None else principal.name
+    cost = None if said is None else (said.generation, said.usage, said.timings)
+    answered = _answered(said) if isinstance(said, Prediction) else None
+
+    def make() -> logging.LogRecord:
+        duration_ms = 1000 * duration_s
+        fields: dict[str, object] = {
+            "method": method,
+            "route": route,
+            "status": status,
+            "duration_ms": round(duration_ms, 3),
+        }
+        if actor is not None:
+            fields["actor"] = actor
+        if cost is not None:
+            fields |= _cost(*cost)
+        if answered is not None:
+            fields["versions"] = _named(answered)
+        # What `logger.info` would make, without a walk through the stack to find who calls.
+        arguments = (method, path, status, duration_ms)
+        record = logging.LogRecord(ACCESS, logging.INFO, __file__, 0, "%s %s %d in %.1f ms", arguments, None)
+        record.__dict__.update(created=at_s, msecs=1000 * (at_s % 1), request_id=request_id, fields=fields, **ids)
+        return record
+
+    log_made(logger, make)
 
 
-def _cost(said: Prediction | Embeddings) -> dict[str, object]:
-    usage, timings = said.usage, said.timings
+def _cost(generation: int, usage: Usage, timings: Timings) -> dict[str, object]:
     return {
-        "generation": said.generation,
+        "generation": generation,
         "tokens": usage.tokens,
         "rows": usage.rows,
         "passes": usage.passes,
@@ -62,6 +76,14 @@ def _cost(said: Prediction | Embeddings) -> dict[str, object]:
 
 def versions(said: Prediction) -> dict[str, str]:
     """By reference, "version arm" of those that answered any of the inputs."""
+    return _named(_answered(said))
+
+
+def _answered(said: Prediction) -> dict[str, tuple[int, Arm]]:
     return {
-        reference: f"{answer.version} {answer.arm}" for answers in said.results for reference, answer in answers.items()
+        reference: (answer.version, answer.arm) for answers in said.results for reference, answer in answers.items()
     }
+
+
+def _named(answered: Mapping[str, tuple[int, Arm]]) -> dict[str, str]:
+    return {reference: f"{version} {arm}" for reference, (version, arm) in answered.items()}
