@@ -1,4 +1,4 @@
-"""Where a batch's time goes, operator by operator: what stands between the engine and the targets it misses.
+"""Where a batch's time goes, operator by operator, and a request's, stage by stage: what stands before the targets.
 
     make bench-profile
 
@@ -8,6 +8,8 @@ Writes PROFILE.md. Shares are of one process alone; it compares nothing.
 from __future__ import annotations
 
 import argparse
+import statistics
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,13 +23,20 @@ from app.engine.engine import CPU_CHUNK_TOKENS, Engine
 from app.engine.forward import run_batch
 from app.engine.host_memory import keep_freed_memory
 from app.engine.plan import make_plan
+from tests.bench.load_open import Answer, run_alone
+from tests.bench.load_texts import make_texts
 from tests.bench.machine import describe
+from tests.bench.serving_artifacts import READOUT, write_readouts
+from tests.bench.serving_servers import MANIFOLD, manifold, running
 from tests.engine.models import make_artifact, random_encoding
 
 REPORT = Path(__file__).with_name("PROFILE.md")
 CASES = ((1, 32), (8, 32), (32, 64))
 _SHOWN = 9
 _REPETITIONS = 50
+LENGTHS = ("16", "64", "256")  # tokens of a request's text
+_REQUESTS = 500
+_STAGES = ("tokenization", "queue", "inference", "total")  # the server says them in headers
 
 
 def batch_of(engine: Engine, texts: int, tokens: int) -> Callable[[], object]:
@@ -58,6 +67,41 @@ def table(run: Callable[[], object]) -> list[str]:
     return [*lines, f"| all operators | | {whole / 1000 / _REPETITIONS:.2f} | 100 % |"]
 
 
+def request_table(backbone: Backbone, threads: int, dtype: str) -> list[str]:
+    """Medians in milliseconds of a server's stages, for one caller who waits for each answer."""
+    lines = [
+        "| tokens | latency | engine | latency − engine | tokenizing | queue | HTTP and threads | socket and client |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_readouts(folder / "prefixes", backbone.spec, READOUT.tasks)
+        server = manifold(folder, threads, dtype)
+        failures: dict[str, str] = {}
+        with running([server], threads, folder, failures) as started:
+            if failures:
+                raise RuntimeError(failures[MANIFOLD])
+            one, (call,) = started[MANIFOLD], server.jobs[READOUT.name].calls
+            one.resume()
+            for length in LENGTHS:
+                quoted = make_texts(backbone.path, length, folder).file.read_text().splitlines()
+                bodies = [call.body(quoted[i % len(quoted)]) for i in range(_REQUESTS)]
+                answers = run_alone(one.url, call.path, bodies)[_REQUESTS // 10 :]
+                lines.append(f"| {length} | {' | '.join(f'{ms:.2f}' for ms in stages(answers))} |")
+    return lines
+
+
+def stages(answers: list[Answer]) -> list[float]:
+    """Latency, engine, what is beside it, and that in four parts; medians in milliseconds."""
+    found = []
+    for answer in answers:
+        tokenization, queue, engine, total = (float(answer.headers[f"x-{stage}-time"]) for stage in _STAGES)
+        latency = 1000 * answer.duration_s
+        threads = total - tokenization - queue - engine
+        found.append((latency, engine, latency - engine, tokenization, queue, threads, latency - total))
+    return [statistics.median(column) for column in zip(*found, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-profile", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
@@ -70,7 +114,7 @@ def main() -> None:
     backbone.release_layers()
     engine = Engine(backbone)
     lines = [
-        "# Profile of a batch",
+        "# Profile of a batch and a request",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {describe(options.threads, options.dtype)}. Written by `make bench-profile`.",
         "",
@@ -79,6 +123,16 @@ def main() -> None:
     ]
     for texts, tokens in CASES:
         lines += ["", f"## {texts} × {tokens} tokens", "", *table(batch_of(engine, texts, tokens))]
+    lines += [
+        "",
+        "## One request at a time",
+        "",
+        "One text a request, one task, one caller on one connection; medians in milliseconds. The engine, tokenizing "
+        "and the queue are from the headers of the answer; HTTP and threads is the rest of its `x-total-time`; the "
+        "socket and the client are what the latency has beyond that.",
+        "",
+        *request_table(backbone, options.threads, options.dtype),
+    ]
     options.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

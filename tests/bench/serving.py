@@ -168,14 +168,10 @@ def measure_alone(bench: Bench, one: Running) -> None:
                 one.resume()
                 answers = run_alone(one.url, call.path, bodies)[5:]
                 one.pause()
+                engine = [float(a.headers["x-inference-time"]) for a in answers]
                 latency = [1000 * a.duration_s for a in answers]
-                engine, tokenization, queue, total = (
-                    [float(a.headers[f"x-{stage}-time"]) for a in answers]
-                    for stage in ("inference", "tokenization", "queue", "total")
-                )
                 beside = [x - y for x, y in zip(latency, engine, strict=True)]
-                figures = (latency, engine, beside, tokenization, queue, total)
-                kept = Alone(job.name, texts, number, *map(statistics.median, figures))
+                kept = Alone(job.name, texts, number, *map(statistics.median, (latency, engine, beside)))
                 bench.results.alone.append(kept)
                 console.print(
                     f"alone    {job.name:40} {texts:>5} tokens: {kept.latency_ms:.2f} ms, "
@@ -238,8 +234,8 @@ def _bodies(bench: Bench, before: str, after: str, texts: str, count: int) -> li
 
 
 def measure_one_task(bench: Bench, started: Mapping[str, Running]) -> None:
-    """In turns, so that a slow moment of the machine hits all."""
-    for number in range(bench.extent.rounds):
+    """In turns, so that a slow moment of the machine hits all; twice the rounds, because peers are close."""
+    for number in range(2 * bench.extent.rounds):
         for texts, concurrency in bench.extent.peer_cells:
             runs = (
                 bench.load("one", one, _first_job(one.server), texts, concurrency, number) for one in started.values()

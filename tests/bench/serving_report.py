@@ -167,25 +167,17 @@ def _latencies(results: Results) -> str:
 def _alone(results: Results) -> str:
     lines = [
         "## Beside the engine\n",
-        "One caller on one connection; medians in milliseconds. The engine, tokenizing and the queue are from the "
-        "headers of the answer; HTTP and threads is the rest of its `x-total-time`; the socket and the client are what "
-        "the latency has beyond that.\n",
-        "| | texts | latency | engine | latency − engine | tokenizing | queue | HTTP and threads | socket and client |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "One caller on one connection; medians in milliseconds. The engine's time is the header `x-inference-time`.\n",
+        "| | texts | latency | engine | latency − engine |",
+        "|---|---|---|---|---|",
     ]
     for job, texts in dict.fromkeys((a.job, a.texts) for a in results.alone):
         rows = [a for a in results.alone if (a.job, a.texts) == (job, texts)]
+        latency, engine = median(rows, lambda a: a.latency_ms), median(rows, lambda a: a.engine_ms)
         beside = [a.beside_ms for a in rows]
-        parts = (
-            median(rows, lambda a: a.tokenization_ms),
-            median(rows, lambda a: a.queue_ms),
-            median(rows, lambda a: a.total_ms - a.engine_ms - a.queue_ms - a.tokenization_ms),
-            median(rows, lambda a: a.latency_ms - a.total_ms),
-        )
         lines.append(
-            f"| {job} | {_tokens(texts)} | {median(rows, lambda a: a.latency_ms):.2f} | "
-            f"{median(rows, lambda a: a.engine_ms):.2f} | {statistics.median(beside):.2f}{_spread(beside)} | "
-            f"{' | '.join(f'{part:.2f}' for part in parts)} |"
+            f"| {job} | {_tokens(texts)} | {latency:.2f} | {engine:.2f} | "
+            f"{statistics.median(beside):.2f}{_spread(beside)} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -42,9 +42,6 @@ class Alone:
     latency_ms: float
     engine_ms: float
     beside_ms: float  # of each request's latency − engine time
-    tokenization_ms: float
-    queue_ms: float
-    total_ms: float  # in the server, all of it
 
 
 @dataclass(frozen=True)
