@@ -436,21 +436,41 @@ def _update_helps(story: Story) -> tuple[str, str]:
 
 
 def _trained(story: Story) -> str:
-    """How far each source's own prefix is below full fine-tuning."""
-    short = {}
+    """How well each source's own prefix is learned: against full fine-tuning, and a readout of the bare trunk."""
+    pieces, gaps = [], {}
     for source in story.plan.sources:
-        own = max(mean(_source_scores(story, source, OWN, readout)) for readout in READOUTS)
-        short[source] = own - mean(_source_scores(story, source, CEILING, ""))
-    listed = ", ".join(f"{source} {100 * gap:+.1f}" for source, gap in short.items())
-    text = f"Own prefixes against full fine-tuning of the same source, at the better readout, in points: {listed}."
-    bad = [source for source, gap in short.items() if gap < -_SHORTFALL]
+        own, bare = (_at_its_readout(story, source, name) for name in (OWN, BARE))
+        ceiling = mean(_source_scores(story, source, CEILING, ""))
+        pieces.append(f"{source} {100 * (own - ceiling):+.1f} and {100 * (own - bare):+.1f}")
+        gaps[source] = own - max(ceiling, bare)
+    text = (
+        "Own prefixes against full fine-tuning of the same source and against the bare trunk, each at the readout that "
+        f"is better on dev, in points: {', '.join(pieces)}.{_ceiling_steps(story.plan)}"
+    )
+    bad = [source for source, gap in gaps.items() if gap < -_SHORTFALL]
     if not bad:
         return text
     are = "is" if len(bad) == 1 else "are"
     return (
-        f"{text} {_listed(bad)} {are} more than {100 * _SHORTFALL:.0f} points below, "
+        f"{text} {_listed(bad)} {are} more than {100 * _SHORTFALL:.0f} points below the better of the two, "
         "which what their combination shows must be read with."
     )
+
+
+def _at_its_readout(story: Story, source: str, name: str) -> float:
+    """The mean test score with the readout that dev prefers."""
+
+    def dev(readout: str) -> float:
+        return mean(story.found[Cell(Part.SOURCE, seed, source, name, readout)].dev for seed in story.plan.seeds)
+
+    return mean(_source_scores(story, source, name, max(READOUTS, key=dev)))
+
+
+def _ceiling_steps(plan: Plan) -> str:
+    if plan.source_rows is None:
+        return ""
+    steps = plan.finetuning.epochs * math.ceil(plan.source_rows / plan.finetuning.batch_size)
+    return f" Full fine-tuning took {steps} steps: a ceiling of so little training, not of the source."
 
 
 def _readouts(story: Story) -> str:

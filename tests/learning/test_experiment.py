@@ -194,6 +194,24 @@ def test_no_claim_is_made_that_the_numbers_do_not_carry(
     assert summary in claim
 
 
+@pytest.mark.parametrize(
+    ("own", "ceiling", "bare", "told"),
+    [(0.5, 0.6, 0.4, True), (0.5, 0.4, 0.6, True), (0.5, 0.5, 0.5, False)],
+    ids=["below fine-tuning", "below the bare trunk", "as good"],
+)
+def test_a_prefix_that_is_badly_trained_is_told(
+    own: float, ceiling: float, bare: float, told: bool, data: Path
+) -> None:
+    scores = {"own prefix": own, CEILING: ceiling, "bare trunk": bare}
+    plan, found = invented(lambda cell: scores.get(cell.representation, 0.5))
+    plan, sets = replace(plan, source_rows=100), Sets(plan, data)
+    page = experiment_report.page(
+        experiment_report.Story(plan, found, sets.whole, sets.shared_texts(), "manifold experiment", "", "tiny")
+    )
+    assert ("more than 3 points below the better of the two" in page) is told
+    assert "Full fine-tuning took 4 steps" in page
+
+
 def test_results_of_other_settings_are_refused(finished: tuple[Run, Results], data: Path, backbone: Backbone) -> None:
     run, _ = finished
     other = Run(run.folder, data, backbone, replace(PLAN, head_epochs=3))
