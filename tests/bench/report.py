@@ -34,9 +34,10 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   itself, which cannot fork rows in mid-stack or take prefixes.
 - **infinity on ONNX Runtime with 64 at once.** The engine is faster than ONNX Runtime there (LIMITS.md, 32 × 64), but
   all 64 callers are answered by one batch and ask again at once, so the engine waits while they are read and
-  tokenized. Batches of 2,048 tokens (`max_batch_tokens`) overlap the two, for 2 % more at 64 callers and 10 % at 16;
-  they would also split a text with many branches, and run its trunk twice, so they are not the default. At 16 tokens
-  the two servers are level, in every other cell Manifold is ahead. Single rounds move by a tenth and more.
+  tokenized. Batches that end at 640, 1,024 or 2,048 tokens overlap the two: 0.95 to 1.08 times the throughput in one
+  run, 0.99 to 1.03 in another, so no more than the host moves. At 16 tokens the two servers are level, in every other
+  cell Manifold is ahead. Single rounds move by a tenth and more; the run itself has Manifold at 93 texts/s in this cell
+  and at 113 in the same cell of its own table, a quarter of an hour before.
 - **Latency − engine.** 1.7 ms at 16 tokens, 2.9 ms at 256: HTTP, the way through two threads, and tokenizing sixteen
   times as much. At 64 tokens the whole latency is below that of a bare forward alone.
 - **Eight tasks against AdapterHub's `Parallel` from layer 4.** It shares the layers below as Manifold does, so
@@ -47,15 +48,19 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 - **p99 while versions are loaded on a GPU.** The four clients of that measurement, the engine and the loader share
   one Python interpreter; loading takes 2 to 3 ms of it per version. On the device the copies have a stream of their
   own.
-- **Watching.** What it adds is 1.3 % of a request's processor time with five answers, 2.0 % with one. But two cores run
-  the layers in step: what is taken from one is waited for on the other, so throughput gives up two to five times that.
-  Lines, spans and rows are made in Python. A lower priority for the threads that write them, and
-  a shorter switch interval of the interpreter, brought nothing.
+- **Watching.** What it adds is 1.4 % of a request's processor time with five answers, 2.2 % with one. With five answers
+  throughput stays (0.998). With one of 16 tokens, two cores run the layers of 376 requests a second in step: what is
+  taken from one is waited for on the other, so throughput gives up two to three times that. Lines, spans and rows are
+  made in Python: of 83 µs a request (each part alone, [WATCHING.md](WATCHING.md) has the sum) the line took about 40,
+  the prediction log 15, spans 10. Since then lines are made on the log's thread, 20 µs less. A lower priority for the
+  threads that write, and a shorter switch interval of the interpreter, brought nothing.
 
 ## What was measured and left out
 
 - **int8 weights.** [INT8.md](INT8.md): torchao's weight-only kind moves scores by up to 0.06 and is slower; with int8
   activations it moves them by up to 0.11, and is a tenth faster from 8 × 128 on, slower below. Allowed is 0.01.
+- **A shorter wait of OpenMP's helpers** (`GOMP_SPINCOUNT` 10,000 and 50,000, so that they leave the processor to the
+  event loop sooner): p50 alone within 2 %, throughput 0.88 to 1.05 times, without a direction.
 - **Compiled layers.** [LIMITS.md](LIMITS.md): the fused layers are faster than inductor's in every cell.
 - **Trunk states of a text seen a moment ago.** [FANOUT.md](FANOUT.md), 8 × 32: a second task with an own prefix from
   layer 4 costs 0.27 of a bare forward beside the first and 0.71 in a request of its own; a second readout 0.01 to 0.1
