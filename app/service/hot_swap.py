@@ -132,6 +132,7 @@ class Follower:
             before, was_up = self._followed, self.health.up
             try:
                 pulse = self._index.pulse()
+                read_s = time.monotonic()
                 view = self._read(pulse)
             except UnavailableError as error:
                 self._lost(error)
@@ -142,7 +143,8 @@ class Follower:
                     self._follow(view)
                 if before.index_id == view.index_id and view.generation > before.generation:
                     if was_up:
-                        self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s))
+                        took_s = time.monotonic() - read_s  # to fetch, load and show it
+                        self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s) + took_s)
                     log_changes(self._index.audit, before.generation, view.generation, pulse.audit_count)
             else:
                 self._retry()

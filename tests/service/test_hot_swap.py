@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,8 +55,9 @@ class World:
         self.follower = self.restarted()
 
     def restarted(self, most_others: int = 32) -> Follower:
+        self.metrics = Metrics()
         return Follower(
-            self.index, self.store, self.loader, self.last_good, Metrics(), server="here", most_others=most_others
+            self.index, self.store, self.loader, self.last_good, self.metrics, server="here", most_others=most_others
         )
 
     def begin(self) -> Follower:
@@ -144,6 +146,27 @@ def test_a_swap_is_one_new_snapshot_and_the_old_one_still_answers(spam: World) -
         plan = make_plan(encoding, [champion], spam.loader.engine.spec.num_layers)
         result = spam.loader.engine.submit(EngineRequest((plan,))).result(10)
         assert result.outputs[0][0].error is None
+
+
+def test_the_time_of_a_swap_ends_when_the_change_is_served(spam: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    spam.follower.sync()
+    spam.promote("spam", spam.publish("spam", seed=2))
+    load = spam.loader.load
+
+    def load_slowly(folder: Path) -> object:
+        time.sleep(0.4)
+        return load(folder)
+
+    monkeypatch.setattr(spam.loader, "load", load_slowly)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 2}
+    assert (_sample(spam.metrics, "manifold_swap_propagation_seconds_sum") or 0.0) >= 0.4
+
+
+def _sample(metrics: Metrics, name: str) -> float | None:
+    """Its value; None where there is no such series."""
+    lines = dict(line.rsplit(" ", 1) for line in metrics.render()[0].decode().splitlines())
+    return float(lines[name]) if name in lines else None
 
 
 def test_every_server_logs_who_changed_what_and_a_start_logs_no_history(
