@@ -138,8 +138,44 @@ def test_when_the_thread_dies_every_waiter_is_told_and_later_ones_are_refused(
     with pytest.raises(UnavailableError, match="engine died"):
         engine.submit(_request(engine, version)).result(timeout=10)
     assert not engine.alive
+    assert engine.queue_rows == 0
     with pytest.raises(UnavailableError, match="engine died"):
         engine.submit(_request(engine, version))
+
+
+def test_rows_that_come_during_a_batch_are_rows_that_wait(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    futures = [engine.submit(_request(engine, version))]
+    assert gate.entered.wait(10)
+    assert engine.queue_rows == 0, "what a batch has taken does not wait any more"
+    futures += [engine.submit(_request(engine, version, seed=i)) for i in range(5)]
+    assert engine.queue_rows == 5
+    gate.open()
+    for future in futures:
+        future.result(timeout=10)
+    assert engine.queue_rows == 0
+
+
+def test_nothing_waits_in_an_engine_that_was_closed(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    engine.submit(_request(engine, version))
+    assert gate.entered.wait(10)
+    waiting = engine.submit(_request(engine, version))
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    _wait_until(lambda: not engine.alive)
+    assert engine.queue_rows == 1
+    gate.open()
+    closer.join(10)
+    with pytest.raises(UnavailableError):
+        waiting.result(timeout=10)
+    assert engine.queue_rows == 0
 
 
 def test_closing_tells_everyone_who_waits(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
