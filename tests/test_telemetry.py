@@ -212,6 +212,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.log_dropped("full", 2)
     metrics.loaded(0.02)
     metrics.load_failed("artifact")
+    metrics.unserved({"spam": 1})
     metrics.index_answered()
     metrics.following(17, 8)
     metrics.propagated(0.03)
@@ -258,6 +259,7 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_prefix_load_duration_seconds_count": 1.0,
         "manifold_prefix_load_duration_seconds_sum": 0.02,
         "manifold_prefix_load_failures_total{reason=artifact}": 1.0,
+        "manifold_versions_unserved{task=spam}": 1.0,
         "manifold_prefixes_resident": 8.0,
         "manifold_generation": 17.0,
         "manifold_index_up": 1.0,
@@ -299,6 +301,13 @@ def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
         "manifold_predictions_total{arm=shadow,outcome=ok,task=spam,version=11}",
         "manifold_predictions_total{arm=champion,outcome=error,task=intent,version=1}",
     }
+
+
+def test_a_task_that_is_not_live_any_more_has_no_unserved_versions(metrics: Metrics) -> None:
+    metrics.unserved({"spam": 2, "intent": 1})
+    metrics.unserved({"intent": 0})
+    found = {name: value for name, value in samples(metrics).items() if "unserved" in name}
+    assert found == {"manifold_versions_unserved{task=intent}": 0.0}
 
 
 def test_staleness_grows_by_itself_while_the_index_is_gone(metrics: Metrics, clock: FakeClock) -> None:

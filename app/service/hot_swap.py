@@ -244,6 +244,7 @@ class Follower:
         self.catalog.left_out = self.left_out_at_start | self.failures
         self._residents.set_live(residents)
         self._metrics.following(view.generation, len(residents))
+        self._metrics.unserved(self._unserved(view))
         self._is_dirty = True
 
     def _build(self, record: TaskRecord) -> _Live | None:
@@ -356,6 +357,11 @@ class Follower:
             live = record.traffic.live if record is not None and record.traffic is not None else ()
             if version is None or (version.state is not State.APPROVED and number not in live):
                 self._recovered(task, number)
+
+    def _unserved(self, view: IndexView) -> dict[str, int]:
+        """By task: how many of the versions that the index calls live are not served here."""
+        live = {name: record.traffic.live for name, record in view.tasks.items() if record.traffic is not None}
+        return {name: sum((name, number) in self._failures for number in live[name]) for name in live}
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 

@@ -251,12 +251,27 @@ class Metrics:
             ("reason",),
             registry=self._registry,
         )
+        self._unserved = Gauge(
+            "manifold_versions_unserved",
+            "Live versions of the index that this server cannot serve now, by task.",
+            ("task",),
+            registry=self._registry,
+        )
+        self._told_unserved: set[str] = set()
 
     def loaded(self, duration_s: float) -> None:
         self._load_duration.observe(duration_s)
 
     def load_failed(self, reason: str) -> None:
         self._load_failures.labels(reason).inc()
+
+    def unserved(self, counts: Mapping[str, int]) -> None:
+        """By live task: how many of its live versions are not served. Of other tasks nothing is said any more."""
+        for task in self._told_unserved - counts.keys():
+            self._unserved.remove(task)
+        for task, count in counts.items():
+            self._unserved.labels(task).set(count)
+        self._told_unserved = set(counts)
 
     def forget(self, task: str, version: int) -> None:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""

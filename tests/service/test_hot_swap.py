@@ -25,6 +25,7 @@ from app.rollout import Challenger, Role, State, TrafficWish
 from app.service.first_start import begin, find_beginning
 from app.service.hot_swap import Follower
 from app.service.loading import Loader, card_of
+from app.service.residents import Failure
 from app.telemetry.metrics import Metrics
 from tests.artifacts import write_artifact
 from tests.registry.redis_server import RedisServer
@@ -288,6 +289,46 @@ def test_a_version_that_cannot_be_served_is_reported_and_the_old_one_goes_on(
     spam.follower.sync()
     assert not spam.follower.failures
     assert not spam.index.failures()
+
+
+def test_live_versions_that_are_not_served_are_counted_for_as_long_as_they_are(spam: World) -> None:
+    def unserved(task: str = "spam") -> float | None:
+        return _sample(spam.metrics, f'manifold_versions_unserved{{task="{task}"}}')
+
+    folder = spam.artifact("spam", seed=2)
+    wrong_golden(folder)
+    version = spam.publish_folder(folder, "spam")
+    spam.follower.sync()
+    assert unserved() == 0, "it was approved and cannot be loaded, but nobody made it live"
+    spam.promote("spam", version)
+    spam.follower.sync()
+    assert unserved() == 1
+    spam.follower.close()
+    spam.follower = spam.restarted()
+    spam.begin()
+    assert spam.live() == {"spam": 1} and unserved() == 1, "a restart mends no version"
+    spam.index.rollback("otto", "spam", "", None)
+    spam.follower.sync()
+    assert unserved() == 0
+    assert unserved("topic") is None
+
+
+def test_a_version_that_can_be_served_later_is_not_counted_any_more(
+    spam: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: str) -> Path:
+        raise UnavailableError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spam.store, "fetch", gone)
+        spam.promote("topic", spam.publish("topic", seed=7))
+        spam.follower.sync()
+    name = 'manifold_versions_unserved{task="topic"}'
+    assert _sample(spam.metrics, name) == 1
+    monkeypatch.setattr(Failure, "is_due", True)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 1, "topic": 1}
+    assert _sample(spam.metrics, name) == 0
 
 
 def test_bits_that_flipped_in_the_store_are_noticed(spam: World) -> None:
