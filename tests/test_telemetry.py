@@ -275,6 +275,15 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
     assert counted == {name for name in named if not name.endswith(("_bucket", "_sum", "_count"))}
 
 
+def test_what_is_refused_at_once_says_nothing_of_how_long_answers_take(metrics: Metrics) -> None:
+    for code in (200, 504, 401, 403, 429, 429):
+        metrics.answered("/v1/predict", code, 0.02)
+    found = samples(metrics)
+    assert found["manifold_request_duration_seconds_count{route=/v1/predict}"] == 2.0
+    assert found["manifold_requests_total{code=429,route=/v1/predict}"] == 2.0
+    assert found["manifold_requests_total{code=401,route=/v1/predict}"] == 1.0
+
+
 def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
     for version in (1, 11):
         for arm in ("champion", "shadow"):
