@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
@@ -318,6 +319,7 @@ class Engine:
                 found = dict(zip(digests, of_work[id(work)], strict=True))
                 for item in members:
                     _deliver(item, found)
+            _log_failed(items, begun.batch.works, outputs)
             self._report(begun, items, forward_s, heads_s, ended_s)
 
     def _report(self, begun: _Begun, items: Sequence[_Item], forward_s: float, heads_s: float, ended_s: float) -> None:
@@ -405,6 +407,21 @@ def _deliver(item: _Item, outputs: Mapping[str, TaskOutput]) -> None:
     result = EngineResult(joined, ticket.rows, ticket.passes, begun - ticket.arrived_s, ticket.inference_s)
     with suppress(InvalidStateError):  # it has ended already: cancelled, or failed with another of its texts
         ticket.future.set_result(result)
+
+
+def _log_failed(items: Sequence[_Item], works: Sequence[Work], outputs: Sequence[tuple[TaskOutput, ...]]) -> None:
+    """A line for each version that failed in a batch, however many texts it failed for."""
+    failed = Counter(
+        (version.digest, output.error)
+        for work, of_versions in zip(works, outputs, strict=True)
+        for version, output in zip(work.plan.versions, of_versions, strict=True)
+        if output.error is not None
+    )
+    if not failed:
+        return
+    names = {v.digest: f"{v.task}@{v.version}" for item in items for v in item.work.plan.versions}
+    for (digest, error), count in failed.items():
+        log.error("%s failed for %d texts of a batch: %s", names[digest], count, error)
 
 
 def _fail(ticket: _Ticket, error: ManifoldError) -> None:

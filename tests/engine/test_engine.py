@@ -94,6 +94,24 @@ def test_a_task_that_fails_fails_alone(make_engine: MakeEngine) -> None:
     assert engine.alive
 
 
+def test_a_version_that_fails_is_named_in_the_log_once_a_batch(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    good, broken, infinite = (_load(engine, name, seed) for seed, name in enumerate(("good", "broken", "infinite")))
+    _break(engine, broken, torch.zeros(3, 5), torch.zeros(3))
+    _break(engine, infinite, torch.zeros(3, 32), torch.full((3,), float("nan")))
+    asked = [replace(version, version=7) for version in (good, broken, infinite)]
+    plans = tuple(make_plan(random_encoding(9, seed), asked, engine.spec.num_layers) for seed in range(4))
+    engine.submit(EngineRequest(plans)).result(timeout=10)
+    engine.close()
+    told = [record.getMessage() for record in caplog.records if "of a batch" in record.getMessage()]
+    assert sorted(told) == [
+        "broken@7 failed for 4 texts of a batch: it failed while computing; the server's log says why",
+        "infinite@7 failed for 4 texts of a batch: its scores are not finite",
+    ]
+
+
 def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
