@@ -58,6 +58,37 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith("INFO manifold: ready\n")
 
 
+def test_text_tells_the_request_and_what_its_message_does_not_say(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("text")
+    fields = {"status": 200, "generation": 17, "versions": {"spam": "3 champion", "tone@1": "1 pinned"}, "actor": None}
+    extra = {"request_id": "r-1", "trace_id": "4bf9", "span_id": "00f0", "fields": fields, "told": {"status"}}
+    logging.getLogger("manifold").info("GET /x 200", extra=extra)
+    logging.getLogger().handlers[0].flush()
+    pairs = 'request_id=r-1 trace_id=4bf9 generation=17 versions="spam:3 champion,tone@1:1 pinned"'
+    assert capsys.readouterr().err.endswith(f"INFO manifold: GET /x 200 {pairs}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("a generation=9", '"a generation=9"'),
+        ('a" generation="9', r'"a\" generation=\"9"'),
+        ("a\\", r'"a\\"'),
+        ("", '""'),
+        ("a\n2026 ERROR forged", r'"a\n2026 ERROR forged"'),
+        ("a\u2028b\x9b2J", r'"a\u2028b\x9b2J"'),
+    ],
+)
+def test_a_value_can_begin_no_line_and_no_other_pair(
+    given: str, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("text")
+    logging.getLogger("manifold").info("asked", extra={"request_id": given, "fields": {"rows": 1}})
+    logging.getLogger().handlers[0].flush()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(f"INFO manifold: asked request_id={written} rows=1")
+
+
 def test_a_caller_can_begin_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("text")
     logging.getLogger("manifold").info("%s", "GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
