@@ -88,7 +88,7 @@ class Follower:
         self.health = IndexHealth(contact_s=time.monotonic())
         self.loss: Loss | None = None
         self._live: dict[str, _Live] = {}  # by task, representations too
-        self._residents = Residents(most_others, lambda version: metrics.forget(version.task, version.version))
+        self._residents = Residents(most_others, self._forget)
         self._failures: dict[tuple[str, int], Failure] = {}
         self._followed = EMPTY_VIEW  # as the index said last
         self._mark = ("", 0, 0.0)  # what its pulse was then
@@ -320,6 +320,11 @@ class Follower:
                     if resident is not None:
                         self._residents.keep(resident)
         self.catalog.left_out = self.left_out_at_start | self.failures
+
+    def _forget(self, version: TaskVersion, is_last: bool) -> None:
+        self._metrics.forget(version.task, version.version)
+        if is_last:
+            self._metrics.forget_task(version.task)
 
     # -- failures ------------------------------------------------------------------------------------------------------
 

@@ -284,6 +284,11 @@ class Metrics:
         self.no_scores(task, version)
         self.no_drift(task, version)
 
+    def forget_task(self, task: str) -> None:
+        """Drops what was counted of a task as a whole. To be called once none of its versions is loaded any more."""
+        for counted in (self._passes, self._disagreements, self._rollbacks):
+            counted.remove_by_labels({"task": task})
+
     def scored(self, task: str, version: int, labels: Sequence[str], scores: NDArray[np.floating[Any]]) -> None:
         """`scores` [texts, labels] of texts that a version answered: nan where a text has none."""
         self._scores.add(task, version, labels, scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app.domain import EngineRequest, TextInput
+from app.domain import BatchReport, EngineRequest, TextInput
 from app.engine.artifact import FILES
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
@@ -213,6 +214,30 @@ def test_what_nobody_holds_any_more_is_unloaded(spam: World) -> None:
     assert bank.get(digests[-1]) and bank.get(digests[-2])
     with pytest.raises(NotFoundError):
         bank.get(digests[0])
+
+
+def test_what_was_counted_of_a_task_goes_with_its_last_version(spam: World) -> None:
+    def series(task: str) -> set[str]:
+        text = spam.metrics.render()[0].decode()
+        return set(re.findall(rf'^(\w+){{.*task="{task}"', text, re.MULTILINE))
+
+    spam.follower = spam.restarted(most_others=1)
+    spam.begin()
+    spam.promote("topic", spam.publish("topic", seed=7))
+    spam.follower.sync()
+    for task in ("spam", "topic"):
+        spam.metrics.ran(BatchReport(1, 9, 0.0, 0.0, 0.0, {(task, 1): 1.0}, passes=1.0))
+        spam.metrics.rolled_back(task, "operator")
+        spam.metrics.disagreed(task)
+    counted = {"manifold_passes_total", "manifold_rollbacks_total", "manifold_arm_disagreement_total"}
+    view = spam.follower.catalog.snapshot.view
+    stopped = replace(view.tasks["topic"], traffic=None)
+    spam.follower.resume(replace(view, tasks={**view.tasks, "topic": stopped}), is_whole=True)
+    assert counted <= series("topic"), "its version is kept for a while"
+    spam.promote("spam", spam.publish("spam", seed=2))
+    spam.follower.load(spam.index.view().tasks["spam"].versions[2])
+    assert series("topic") == set()
+    assert counted <= series("spam")
 
 
 def test_only_what_changed_is_built_again(spam: World) -> None:
