@@ -181,6 +181,8 @@ def test_every_operation_of_the_api_has_a_command_and_every_command_prints_json_
         assert words.strip() and not words.lstrip().startswith("{"), step
     made = shell.json("releases", "list")["releases"][0]
     assert shell.json("releases", "rollback", made["id"])["rolled_back_by"] == "admin"
+    counted = httpx2.get(f"{shell.url}/metrics", trust_env=False).text
+    assert 'manifold_rollbacks_total{cause="operator",task="all"} 2.0' in counted, "the task alone, then with a release"
     key = shell.json("keys", "create", "a shop", "--role", "predict", "--role", "audit")
     assert "is revoked" in shell.say("keys", "revoke", key["id"])
     for action in ("restore", "accept"):

@@ -58,6 +58,37 @@ def test_text_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith("INFO manifold: ready\n")
 
 
+def test_text_tells_the_request_and_what_its_message_does_not_say(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("text")
+    fields = {"status": 200, "generation": 17, "versions": {"spam": "3 champion", "tone@1": "1 pinned"}, "actor": None}
+    extra = {"request_id": "r-1", "trace_id": "4bf9", "span_id": "00f0", "fields": fields, "told": {"status"}}
+    logging.getLogger("manifold").info("GET /x 200", extra=extra)
+    logging.getLogger().handlers[0].flush()
+    pairs = 'request_id=r-1 trace_id=4bf9 generation=17 versions="spam:3 champion,tone@1:1 pinned"'
+    assert capsys.readouterr().err.endswith(f"INFO manifold: GET /x 200 {pairs}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("a generation=9", '"a generation=9"'),
+        ('a" generation="9', r'"a\" generation=\"9"'),
+        ("a\\", r'"a\\"'),
+        ("", '""'),
+        ("a\n2026 ERROR forged", r'"a\n2026 ERROR forged"'),
+        ("a\u2028b\x9b2J", r'"a\u2028b\x9b2J"'),
+    ],
+)
+def test_a_value_can_begin_no_line_and_no_other_pair(
+    given: str, written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging("text")
+    logging.getLogger("manifold").info("asked", extra={"request_id": given, "fields": {"rows": 1}})
+    logging.getLogger().handlers[0].flush()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(f"INFO manifold: asked request_id={written} rows=1")
+
+
 def test_a_caller_can_begin_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("text")
     logging.getLogger("manifold").info("%s", "GET /x\n2026-01-01 ERROR forged\x1b[2J\u2028")
@@ -212,6 +243,7 @@ def exercised(metrics: Metrics) -> Metrics:
     metrics.log_dropped("full", 2)
     metrics.loaded(0.02)
     metrics.load_failed("artifact")
+    metrics.unserved({"spam": 1})
     metrics.index_answered()
     metrics.following(17, 8)
     metrics.propagated(0.03)
@@ -258,6 +290,7 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
         "manifold_prefix_load_duration_seconds_count": 1.0,
         "manifold_prefix_load_duration_seconds_sum": 0.02,
         "manifold_prefix_load_failures_total{reason=artifact}": 1.0,
+        "manifold_versions_unserved{task=spam}": 1.0,
         "manifold_prefixes_resident": 8.0,
         "manifold_generation": 17.0,
         "manifold_index_up": 1.0,
@@ -271,6 +304,15 @@ def test_every_metric_has_the_name_that_dashboards_ask_for(metrics: Metrics) -> 
     counted = {stem for stem in stems if not stem.endswith(("_bucket", "_sum", "_count"))}
     named = {name.split("{")[0] for name in expected}
     assert counted == {name for name in named if not name.endswith(("_bucket", "_sum", "_count"))}
+
+
+def test_what_is_refused_at_once_says_nothing_of_how_long_answers_take(metrics: Metrics) -> None:
+    for code in (200, 504, 401, 403, 429, 429):
+        metrics.answered("/v1/predict", code, 0.02)
+    found = samples(metrics)
+    assert found["manifold_request_duration_seconds_count{route=/v1/predict}"] == 2.0
+    assert found["manifold_requests_total{code=429,route=/v1/predict}"] == 2.0
+    assert found["manifold_requests_total{code=401,route=/v1/predict}"] == 1.0
 
 
 def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
@@ -299,6 +341,13 @@ def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
         "manifold_predictions_total{arm=shadow,outcome=ok,task=spam,version=11}",
         "manifold_predictions_total{arm=champion,outcome=error,task=intent,version=1}",
     }
+
+
+def test_a_task_that_is_not_live_any_more_has_no_unserved_versions(metrics: Metrics) -> None:
+    metrics.unserved({"spam": 2, "intent": 1})
+    metrics.unserved({"intent": 0})
+    found = {name: value for name, value in samples(metrics).items() if "unserved" in name}
+    assert found == {"manifold_versions_unserved{task=intent}": 0.0}
 
 
 def test_staleness_grows_by_itself_while_the_index_is_gone(metrics: Metrics, clock: FakeClock) -> None:

@@ -15,6 +15,7 @@ from app.service.usage import Timings, Usage
 from app.telemetry.logs import ACCESS, log_made
 
 logger = logging.getLogger(ACCESS)
+_TOLD = frozenset({"method", "route", "status", "duration_ms"})  # by the sentence; the route by the path
 
 
 def log_request(scope: Scope, status: int, duration_s: float) -> None:
@@ -31,7 +32,8 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
 
     What waits for the log's thread holds none of its texts or scores.
     """
-    state, method, path, at_s = scope["state"], scope["method"], scope["path"][:200], time.time()
+    state, method, at_s = scope["state"], scope["method"], time.time()
+    path = scope["path"][:200].replace(" ", "%20")  # so that it looks like no pair behind the message
     said, principal = state.get("said"), state.get("principal")
     route, request_id, ids = route_of(scope), state["request_id"], state["trace"].ids
     actor = None if principal is None else principal.name
@@ -55,7 +57,9 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
         # What `logger.info` would make, without a walk through the stack to find who calls.
         arguments = (method, path, status, duration_ms)
         record = logging.LogRecord(ACCESS, logging.INFO, __file__, 0, "%s %s %d in %.1f ms", arguments, None)
-        record.__dict__.update(created=at_s, msecs=1000 * (at_s % 1), request_id=request_id, fields=fields, **ids)
+        record.__dict__.update(
+            created=at_s, msecs=1000 * (at_s % 1), request_id=request_id, fields=fields, told=_TOLD, **ids
+        )
         return record
 
     log_made(logger, make)

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
@@ -119,6 +120,7 @@ class Engine:
         self._works_ahead = backbone.device.type != "cpu"
         self._graphs = TrunkGraphs(backbone) if backbone.device.type == "cuda" else None
         self._begun: _Begun | None = None
+        self._rows_in, self._rows_out = 0, 0  # of the queue so far: written under the lock, and by the engine's thread
         self._clock = clock
         self._observe = observe
         self._life = _Life()
@@ -145,8 +147,9 @@ class Engine:
 
     @property
     def queue_rows(self) -> int:
-        """Rows that wait for a batch."""
-        return self._scheduler.num_rows
+        """Rows that wait for a batch, those included that came while one runs."""
+        rows_out = self._rows_out  # first: what comes in between must not make it negative
+        return self._rows_in - rows_out
 
     @property
     def max_batch_tokens(self) -> int:
@@ -179,6 +182,7 @@ class Engine:
         with self._life.lock:
             if not self.alive:
                 raise UnavailableError(self._why_not_alive())
+            self._rows_in += sum(item.num_rows for item in items)
             self._inbox.put(items)
         return future
 
@@ -241,7 +245,7 @@ class Engine:
         begun = None
         try:
             if self._is_due():
-                begun = self._begin(self._scheduler.next_batch())
+                begun = self._begin(self._taken(self._scheduler.next_batch()))
         finally:
             self._finish_begun()
             self._begun = begun
@@ -268,6 +272,10 @@ class Engine:
                 message = self._inbox.get_nowait()
         except queue.Empty:
             return
+
+    def _taken(self, items: list[_Item]) -> list[_Item]:
+        self._rows_out += sum(item.num_rows for item in items)
+        return items
 
     def _still_wanted(self, ticket: _Ticket, now: float) -> bool:
         """Also asked of the later texts of a request that has begun: its future stays cancellable to the end."""
@@ -311,6 +319,7 @@ class Engine:
                 found = dict(zip(digests, of_work[id(work)], strict=True))
                 for item in members:
                     _deliver(item, found)
+            _log_failed(items, begun.batch.works, outputs)
             self._report(begun, items, forward_s, heads_s, ended_s)
 
     def _report(self, begun: _Begun, items: Sequence[_Item], forward_s: float, heads_s: float, ended_s: float) -> None:
@@ -337,7 +346,8 @@ class Engine:
             log.exception("a batch could not be reported")
 
     def _fail_waiting(self, error: ManifoldError) -> None:
-        for item in self._scheduler.drain():
+        """Where the engine's thread has ended, or ends with this."""
+        for item in self._taken(self._scheduler.drain()):
             _fail(item.ticket, error)
         while True:
             try:
@@ -345,7 +355,7 @@ class Engine:
             except queue.Empty:
                 return
             if not isinstance(message, _Wake):
-                for item in message:
+                for item in self._taken(message):
                     _fail(item.ticket, error)
 
 
@@ -397,6 +407,21 @@ def _deliver(item: _Item, outputs: Mapping[str, TaskOutput]) -> None:
     result = EngineResult(joined, ticket.rows, ticket.passes, begun - ticket.arrived_s, ticket.inference_s)
     with suppress(InvalidStateError):  # it has ended already: cancelled, or failed with another of its texts
         ticket.future.set_result(result)
+
+
+def _log_failed(items: Sequence[_Item], works: Sequence[Work], outputs: Sequence[tuple[TaskOutput, ...]]) -> None:
+    """A line for each version that failed in a batch, however many texts it failed for."""
+    failed = Counter(
+        (version.digest, output.error)
+        for work, of_versions in zip(works, outputs, strict=True)
+        for version, output in zip(work.plan.versions, of_versions, strict=True)
+        if output.error is not None
+    )
+    if not failed:
+        return
+    names = {v.digest: f"{v.task}@{v.version}" for item in items for v in item.work.plan.versions}
+    for (digest, error), count in failed.items():
+        log.error("%s failed for %d texts of a batch: %s", names[digest], count, error)
 
 
 def _fail(ticket: _Ticket, error: ManifoldError) -> None:

@@ -121,7 +121,7 @@ def _one_by_one(readers: Readers, score: Callable[[int], _Scored]) -> list[_Scor
         try:
             found.append(score(position))
         except Exception:  # a fault of one version's tensors must not reach the batch's other tasks
-            log.exception("version %s failed", resident.version.digest)
+            log.exception("a version of %s failed: %s", resident.version.task, resident.version.digest)
     return found
 
 

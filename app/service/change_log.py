@@ -35,7 +35,8 @@ def log_changes(read: ReadAudit, before: int, generation: int, num_entries: int)
         if others > 0:
             logger.info("%d more changes of the index before these: manifold audit shows them", others)
         for entry in changes:
-            logger.info("%s", _sentence(entry), extra={"fields": _fields(entry)})
+            fields = _fields(entry)
+            logger.info("%s", _sentence(entry), extra={"fields": fields, "told": fields})  # in words
     except UnavailableError as error:
         logger.warning("the index went on to generation %d, and who changed it cannot be read: %s", generation, error)
     except Exception:  # a change that was made must not fail because it cannot be told

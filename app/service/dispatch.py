@@ -5,6 +5,7 @@ Knows tokenizer and engine by their ports; nothing of snapshots, answers or the 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -26,10 +27,11 @@ from app.domain import (
     TextInput,
 )
 from app.engine.plan import make_plan, token_limit
-from app.errors import TokenizationError
+from app.errors import EngineError, TokenizationError
 from app.service.ports import EnginePort, TokenizerPort
 from app.telemetry.tracing import UNTRACED, Trace
 
+logger = logging.getLogger(__name__)
 _GROUP_CHARACTERS = 20_000  # tokenized in about 10 ms: nobody waits longer than that for others of a group
 
 
@@ -214,4 +216,10 @@ def _cancel(queued: Future[EngineResult] | None) -> None:
 
 def _fail(job: _Job, error: BaseException) -> None:
     with suppress(InvalidStateError):
-        job.done.set_exception(error)
+        job.done.set_exception(error if isinstance(error, Exception) else _translated(error))
+
+
+def _translated(panic: BaseException) -> EngineError:
+    """What is no Exception would pass by everything that answers errors, and its own words may quote a text."""
+    logger.error("a request's texts could not be tokenized: %s", type(panic).__name__)
+    return EngineError("the tokenizer broke on a text of this request; the server's log names the fault")

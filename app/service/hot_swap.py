@@ -88,7 +88,7 @@ class Follower:
         self.health = IndexHealth(contact_s=time.monotonic())
         self.loss: Loss | None = None
         self._live: dict[str, _Live] = {}  # by task, representations too
-        self._residents = Residents(most_others, lambda version: metrics.forget(version.task, version.version))
+        self._residents = Residents(most_others, self._forget)
         self._failures: dict[tuple[str, int], Failure] = {}
         self._followed = EMPTY_VIEW  # as the index said last
         self._mark = ("", 0, 0.0)  # what its pulse was then
@@ -132,6 +132,7 @@ class Follower:
             before, was_up = self._followed, self.health.up
             try:
                 pulse = self._index.pulse()
+                read_s = time.monotonic()
                 view = self._read(pulse)
             except UnavailableError as error:
                 self._lost(error)
@@ -142,7 +143,8 @@ class Follower:
                     self._follow(view)
                 if before.index_id == view.index_id and view.generation > before.generation:
                     if was_up:
-                        self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s))
+                        took_s = time.monotonic() - read_s  # to fetch, load and show it
+                        self._metrics.propagated(max(0.0, pulse.now_s - pulse.changed_at_s) + took_s)
                     log_changes(self._index.audit, before.generation, view.generation, pulse.audit_count)
             else:
                 self._retry()
@@ -242,6 +244,7 @@ class Follower:
         self.catalog.left_out = self.left_out_at_start | self.failures
         self._residents.set_live(residents)
         self._metrics.following(view.generation, len(residents))
+        self._metrics.unserved(self._unserved(view))
         self._is_dirty = True
 
     def _build(self, record: TaskRecord) -> _Live | None:
@@ -318,6 +321,11 @@ class Follower:
                         self._residents.keep(resident)
         self.catalog.left_out = self.left_out_at_start | self.failures
 
+    def _forget(self, version: TaskVersion, is_last: bool) -> None:
+        self._metrics.forget(version.task, version.version)
+        if is_last:
+            self._metrics.forget_task(version.task)
+
     # -- failures ------------------------------------------------------------------------------------------------------
 
     def _failed(self, record: VersionRecord, error: Exception) -> None:
@@ -354,6 +362,11 @@ class Follower:
             live = record.traffic.live if record is not None and record.traffic is not None else ()
             if version is None or (version.state is not State.APPROVED and number not in live):
                 self._recovered(task, number)
+
+    def _unserved(self, view: IndexView) -> dict[str, int]:
+        """By task: how many of the versions that the index calls live are not served here."""
+        live = {name: record.traffic.live for name, record in view.tasks.items() if record.traffic is not None}
+        return {name: sum((name, number) in self._failures for number in live[name]) for name in live}
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 

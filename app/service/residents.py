@@ -26,7 +26,8 @@ class Residents:
     """Live versions, and the latest others, so that going back to them is immediate. Safe from any thread."""
 
     most_others: int
-    forget: Callable[[TaskVersion], None]  # hears of each that is not kept any more
+    # Hears of each that is not kept any more, and whether it was the last one of its task.
+    forget: Callable[[TaskVersion, bool], None]
     live: dict[str, Resident] = field(default_factory=dict)  # by digest
     others: OrderedDict[str, Resident] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,7 +58,10 @@ class Residents:
         self.others.move_to_end(resident.version.digest)
         while len(self.others) > self.most_others:
             _, gone = self.others.popitem(last=False)
-            self.forget(gone.version)
+            self.forget(gone.version, not self._has_any(gone.version.task))
+
+    def _has_any(self, task: str) -> bool:
+        return any(r.version.task == task for r in (*self.live.values(), *self.others.values()))
 
 
 @dataclass(frozen=True, slots=True)

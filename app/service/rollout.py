@@ -110,7 +110,10 @@ class Rollout:
         return self._followed(self._index.release(principal.name, wishes, reason, if_match))
 
     def rollback_release(self, principal: Principal, release_id: str, reason: str) -> Release:
-        return self._followed(self._index.rollback_release(principal.name, release_id, reason))
+        undone = self._followed(self._index.rollback_release(principal.name, release_id, reason))
+        for task in undone.after:
+            self._metrics.rolled_back(task, "operator")
+        return undone
 
     def releases(self, limit: int) -> Sequence[Release]:
         return self._index.releases(limit)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_WAITING = 5_000  # requests that nobody has looked at yet
 MAX_WAITING_BYTES = 128_000_000  # about what they take
 _TOKEN_BYTES = 100  # with its offsets
+_SCORE_BYTES = 32  # a number, and its place in a tuple
 _EVERY_S = 0.25
 
 
@@ -42,14 +43,15 @@ class Served:
 
     @property
     def memory_bytes(self) -> int:
-        """About what its texts and tokens take."""
+        """About what its texts, tokens and scores take."""
         return sum(map(_memory_bytes, self.readings))
 
 
 def _memory_bytes(reading: Reading) -> int:
     text, encoding = reading.text, reading.encoding
     tokens = 0 if encoding is None else len(encoding)
-    return len(text.text) + len(text.text_pair or "") + _TOKEN_BYTES * tokens
+    scores = sum([len(output.scores) for output in reading.outputs.values()])
+    return len(text.text) + len(text.text_pair or "") + _TOKEN_BYTES * tokens + _SCORE_BYTES * scores
 
 
 class Watcher(Protocol):

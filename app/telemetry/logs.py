@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -18,6 +18,7 @@ import orjson
 
 ACCESS = "manifold.access"  # the logger with a line a request
 _OF_REQUEST = ("request_id", "trace_id", "span_id")
+_IN_TEXT = ("request_id", "trace_id")
 _MOST_LINES = 10_000  # that wait to be written
 _GATHER_S = 0.02
 _LINES_TOGETHER = 100
@@ -25,6 +26,7 @@ _MOST_WAIT_S = 2.0  # for a slow reader at the end
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _Line = logging.LogRecord | Callable[[], logging.LogRecord]  # the latter makes one
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a line, or a terminal
+_BARE = re.compile(r"[^\s\"'=\\]+")  # a value that needs no quotes
 
 
 class JsonFormatter(logging.Formatter):
@@ -57,14 +59,31 @@ def _to_json(line: Mapping[str, object]) -> str:
 
 
 class TextFormatter(logging.Formatter):
-    """For people. What a message quotes of a caller can neither begin a line nor move the cursor."""
+    """For people: behind the message ids and fields as ` key=value`, but those that the record's `told` names.
+
+    What a message or a value quotes of a caller can neither begin a line nor move the cursor, nor a value end its pair.
+    """
 
     def __init__(self) -> None:
         super().__init__(_TEXT)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = _BREAKING.sub(lambda found: repr(found[0])[1:-1], record.message)
+        line = " ".join((record.message, *_pairs(record)))
+        record.message = _BREAKING.sub(lambda found: repr(found[0])[1:-1], line)
         return super().formatMessage(record)
+
+
+def _pairs(record: logging.LogRecord) -> Iterator[str]:
+    told = getattr(record, "told", ())  # fields that the message says already
+    ids = {name: getattr(record, name) for name in _IN_TEXT if hasattr(record, name)}
+    for name, value in {**ids, **getattr(record, "fields", {})}.items():
+        if value is not None and name not in told:
+            yield f"{name}={_value(value)}"
+
+
+def _value(value: object) -> str:
+    text = ",".join(f"{key}:{of}" for key, of in value.items()) if isinstance(value, Mapping) else str(value)
+    return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=False)
 
 
 def configure_logging(log_format: Literal["text", "json"]) -> None:

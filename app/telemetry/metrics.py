@@ -55,6 +55,7 @@ _STAGE_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_REFUSED = frozenset({401, 403, 429})  # in no time: under overload they would hide how long answers take
 
 
 class Metrics:
@@ -84,7 +85,8 @@ class Metrics:
         self._requests = counter("manifold_requests_total", "Requests, by route and status code.", ("route", "code"))
         self._request_duration = Histogram(
             "manifold_request_duration_seconds",
-            "Time from a request's arrival to its answer's first byte, by route.",
+            "Time from a request's arrival to its answer's first byte, by route. "
+            "Without 401, 403 and 429: what is refused before any work.",
             ("route",),
             buckets=_REQUEST_BUCKETS_S,
             registry=self._registry,
@@ -134,7 +136,8 @@ class Metrics:
     def answered(self, route: str, code: int, duration_s: float) -> None:
         """`route` is the template (`/v1/tasks/{task}`), never the path that was asked for."""
         self._requests.labels(route, str(code)).inc()
-        self._request_duration.labels(route).observe(duration_s)
+        if code not in _REFUSED:
+            self._request_duration.labels(route).observe(duration_s)
 
     def rejected(self, reason: str) -> None:
         self._rejected.labels(reason).inc()
@@ -251,12 +254,27 @@ class Metrics:
             ("reason",),
             registry=self._registry,
         )
+        self._unserved = Gauge(
+            "manifold_versions_unserved",
+            "Live versions of the index that this server cannot serve now, by task.",
+            ("task",),
+            registry=self._registry,
+        )
+        self._told_unserved: set[str] = set()
 
     def loaded(self, duration_s: float) -> None:
         self._load_duration.observe(duration_s)
 
     def load_failed(self, reason: str) -> None:
         self._load_failures.labels(reason).inc()
+
+    def unserved(self, counts: Mapping[str, int]) -> None:
+        """By live task: how many of its live versions are not served. Of other tasks nothing is said any more."""
+        for task in self._told_unserved - counts.keys():
+            self._unserved.remove(task)
+        for task, count in counts.items():
+            self._unserved.labels(task).set(count)
+        self._told_unserved = set(counts)
 
     def forget(self, task: str, version: int) -> None:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""
@@ -265,6 +283,11 @@ class Metrics:
         self._device_time.remove_by_labels(labels)
         self.no_scores(task, version)
         self.no_drift(task, version)
+
+    def forget_task(self, task: str) -> None:
+        """Drops what was counted of a task as a whole. To be called once none of its versions is loaded any more."""
+        for counted in (self._passes, self._disagreements, self._rollbacks):
+            counted.remove_by_labels({"task": task})
 
     def scored(self, task: str, version: int, labels: Sequence[str], scores: NDArray[np.floating[Any]]) -> None:
         """`scores` [texts, labels] of texts that a version answered: nan where a text has none."""

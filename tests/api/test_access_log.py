@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 from fastapi.testclient import TestClient
 
-from app.telemetry.logs import ACCESS, JsonFormatter
+from app.telemetry.logs import ACCESS, JsonFormatter, TextFormatter
 
 
 @pytest.fixture
@@ -46,3 +47,15 @@ def test_errors_have_a_line_and_probes_have_none(client: TestClient, lines: pyte
     assert "versions" not in first
     assert (second["route"], second["status"]) == ("none", 404)
     assert "secret" not in json.dumps(second)
+
+
+def test_as_text_a_line_says_all_that_it_says_as_json(client: TestClient, lines: pytest.LogCaptureFixture) -> None:
+    client.post("/v1/predict", json={"inputs": "hello", "tasks": ["spam"]}, headers={"x-request-id": "mine 1"})
+    client.get("/nowhere request_id=mine-2")
+    first, second = (TextFormatter().format(record) for record in lines.records if record.name == ACCESS)
+    assert "POST /v1/predict 200 in " in first
+    pairs = first.partition(" ms ")[2]
+    assert pairs.startswith('request_id="mine 1" ') and pairs.endswith(' versions="spam:1 champion"')
+    assert {"generation=", "rows=", "queue_ms=", "inference_ms="} <= set(re.findall(r"\w+=", pairs))
+    assert not {"method=", "route=", "status=", "duration_ms="} & set(re.findall(r"\w+=", pairs))
+    assert "/nowhere%20request_id=mine-2 404" in second

@@ -29,7 +29,7 @@ PLANNED = {
 PROMETHEUS_OWN = {"up", "ALERTS"}
 LABELS = {
     *("route", "code", "stage", "task", "version", "arm", "outcome", "label", "reason", "cause", "kind", "le"),
-    *("job", "instance", "alertname", "alertstate"),
+    *("device", "job", "instance", "alertname", "alertstate"),
 }
 
 

@@ -94,6 +94,24 @@ def test_a_task_that_fails_fails_alone(make_engine: MakeEngine) -> None:
     assert engine.alive
 
 
+def test_a_version_that_fails_is_named_in_the_log_once_a_batch(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    good, broken, infinite = (_load(engine, name, seed) for seed, name in enumerate(("good", "broken", "infinite")))
+    _break(engine, broken, torch.zeros(3, 5), torch.zeros(3))
+    _break(engine, infinite, torch.zeros(3, 32), torch.full((3,), float("nan")))
+    asked = [replace(version, version=7) for version in (good, broken, infinite)]
+    plans = tuple(make_plan(random_encoding(9, seed), asked, engine.spec.num_layers) for seed in range(4))
+    engine.submit(EngineRequest(plans)).result(timeout=10)
+    engine.close()
+    told = [record.getMessage() for record in caplog.records if "of a batch" in record.getMessage()]
+    assert sorted(told) == [
+        "broken@7 failed for 4 texts of a batch: it failed while computing; the server's log says why",
+        "infinite@7 failed for 4 texts of a batch: its scores are not finite",
+    ]
+
+
 def test_a_batch_that_fails_fails_its_waiters_and_the_engine_lives_on(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +156,44 @@ def test_when_the_thread_dies_every_waiter_is_told_and_later_ones_are_refused(
     with pytest.raises(UnavailableError, match="engine died"):
         engine.submit(_request(engine, version)).result(timeout=10)
     assert not engine.alive
+    assert engine.queue_rows == 0
     with pytest.raises(UnavailableError, match="engine died"):
         engine.submit(_request(engine, version))
+
+
+def test_rows_that_come_during_a_batch_are_rows_that_wait(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    futures = [engine.submit(_request(engine, version))]
+    assert gate.entered.wait(10)
+    assert engine.queue_rows == 0, "what a batch has taken does not wait any more"
+    futures += [engine.submit(_request(engine, version, seed=i)) for i in range(5)]
+    assert engine.queue_rows == 5
+    gate.open()
+    for future in futures:
+        future.result(timeout=10)
+    assert engine.queue_rows == 0
+
+
+def test_nothing_waits_in_an_engine_that_was_closed(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    version = _load(engine, "task")
+    gate = _Gate(monkeypatch)
+    engine.submit(_request(engine, version))
+    assert gate.entered.wait(10)
+    waiting = engine.submit(_request(engine, version))
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    _wait_until(lambda: not engine.alive)
+    assert engine.queue_rows == 1
+    gate.open()
+    closer.join(10)
+    with pytest.raises(UnavailableError):
+        waiting.result(timeout=10)
+    assert engine.queue_rows == 0
 
 
 def test_closing_tells_everyone_who_waits(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

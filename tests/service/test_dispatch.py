@@ -42,7 +42,7 @@ class SlowTokenizer(FakeTokenizer):
             self.has_begun.set()
             assert self.goes_on.wait(10)
         if POISON in texts:
-            raise Panic
+            raise Panic(f"index out of bounds in {texts}")
         return found
 
 
@@ -101,11 +101,14 @@ def test_the_one_that_is_too_long_fails_alone_and_by_its_own_number(desk: Desk) 
     assert len(desk.calls) == 1 and len(desk.engine.requests) == 3
 
 
-def test_the_one_that_the_tokenizer_breaks_on_fails_alone(desk: Desk) -> None:
+def test_the_one_that_the_tokenizer_breaks_on_fails_alone(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     first, poisoned, last = desk.send("a"), desk.send(POISON), desk.send("c")
     desk.freed()
     assert (lengths(first), lengths(last)) == ([3], [3])
-    assert isinstance(poisoned.exception(10), Panic)
+    with pytest.raises(EngineError, match="the tokenizer broke on a text") as raised:  # an error that has an answer
+        poisoned.result(10)
+    assert [record.getMessage() for record in caplog.records] == ["a request's texts could not be tokenized: Panic"]
+    assert POISON not in f"{raised.value} {raised.value.__cause__} {raised.value.__context__} {caplog.text}"
 
 
 def test_requests_that_need_offsets_are_not_mixed_with_others(desk: Desk) -> None:

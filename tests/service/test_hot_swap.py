@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from app.domain import EngineRequest, TextInput
+from app.domain import BatchReport, EngineRequest, TextInput
 from app.engine.artifact import FILES
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
@@ -24,6 +26,7 @@ from app.rollout import Challenger, Role, State, TrafficWish
 from app.service.first_start import begin, find_beginning
 from app.service.hot_swap import Follower
 from app.service.loading import Loader, card_of
+from app.service.residents import Failure
 from app.telemetry.metrics import Metrics
 from tests.artifacts import write_artifact
 from tests.registry.redis_server import RedisServer
@@ -54,8 +57,9 @@ class World:
         self.follower = self.restarted()
 
     def restarted(self, most_others: int = 32) -> Follower:
+        self.metrics = Metrics()
         return Follower(
-            self.index, self.store, self.loader, self.last_good, Metrics(), server="here", most_others=most_others
+            self.index, self.store, self.loader, self.last_good, self.metrics, server="here", most_others=most_others
         )
 
     def begin(self) -> Follower:
@@ -146,6 +150,27 @@ def test_a_swap_is_one_new_snapshot_and_the_old_one_still_answers(spam: World) -
         assert result.outputs[0][0].error is None
 
 
+def test_the_time_of_a_swap_ends_when_the_change_is_served(spam: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    spam.follower.sync()
+    spam.promote("spam", spam.publish("spam", seed=2))
+    load = spam.loader.load
+
+    def load_slowly(folder: Path) -> object:
+        time.sleep(0.4)
+        return load(folder)
+
+    monkeypatch.setattr(spam.loader, "load", load_slowly)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 2}
+    assert (_sample(spam.metrics, "manifold_swap_propagation_seconds_sum") or 0.0) >= 0.4
+
+
+def _sample(metrics: Metrics, name: str) -> float | None:
+    """Its value; None where there is no such series."""
+    lines = dict(line.rsplit(" ", 1) for line in metrics.render()[0].decode().splitlines())
+    return float(lines[name]) if name in lines else None
+
+
 def test_every_server_logs_who_changed_what_and_a_start_logs_no_history(
     spam: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +214,30 @@ def test_what_nobody_holds_any_more_is_unloaded(spam: World) -> None:
     assert bank.get(digests[-1]) and bank.get(digests[-2])
     with pytest.raises(NotFoundError):
         bank.get(digests[0])
+
+
+def test_what_was_counted_of_a_task_goes_with_its_last_version(spam: World) -> None:
+    def series(task: str) -> set[str]:
+        text = spam.metrics.render()[0].decode()
+        return set(re.findall(rf'^(\w+){{.*task="{task}"', text, re.MULTILINE))
+
+    spam.follower = spam.restarted(most_others=1)
+    spam.begin()
+    spam.promote("topic", spam.publish("topic", seed=7))
+    spam.follower.sync()
+    for task in ("spam", "topic"):
+        spam.metrics.ran(BatchReport(1, 9, 0.0, 0.0, 0.0, {(task, 1): 1.0}, passes=1.0))
+        spam.metrics.rolled_back(task, "operator")
+        spam.metrics.disagreed(task)
+    counted = {"manifold_passes_total", "manifold_rollbacks_total", "manifold_arm_disagreement_total"}
+    view = spam.follower.catalog.snapshot.view
+    stopped = replace(view.tasks["topic"], traffic=None)
+    spam.follower.resume(replace(view, tasks={**view.tasks, "topic": stopped}), is_whole=True)
+    assert counted <= series("topic"), "its version is kept for a while"
+    spam.promote("spam", spam.publish("spam", seed=2))
+    spam.follower.load(spam.index.view().tasks["spam"].versions[2])
+    assert series("topic") == set()
+    assert counted <= series("spam")
 
 
 def test_only_what_changed_is_built_again(spam: World) -> None:
@@ -265,6 +314,46 @@ def test_a_version_that_cannot_be_served_is_reported_and_the_old_one_goes_on(
     spam.follower.sync()
     assert not spam.follower.failures
     assert not spam.index.failures()
+
+
+def test_live_versions_that_are_not_served_are_counted_for_as_long_as_they_are(spam: World) -> None:
+    def unserved(task: str = "spam") -> float | None:
+        return _sample(spam.metrics, f'manifold_versions_unserved{{task="{task}"}}')
+
+    folder = spam.artifact("spam", seed=2)
+    wrong_golden(folder)
+    version = spam.publish_folder(folder, "spam")
+    spam.follower.sync()
+    assert unserved() == 0, "it was approved and cannot be loaded, but nobody made it live"
+    spam.promote("spam", version)
+    spam.follower.sync()
+    assert unserved() == 1
+    spam.follower.close()
+    spam.follower = spam.restarted()
+    spam.begin()
+    assert spam.live() == {"spam": 1} and unserved() == 1, "a restart mends no version"
+    spam.index.rollback("otto", "spam", "", None)
+    spam.follower.sync()
+    assert unserved() == 0
+    assert unserved("topic") is None
+
+
+def test_a_version_that_can_be_served_later_is_not_counted_any_more(
+    spam: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: str) -> Path:
+        raise UnavailableError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spam.store, "fetch", gone)
+        spam.promote("topic", spam.publish("topic", seed=7))
+        spam.follower.sync()
+    name = 'manifold_versions_unserved{task="topic"}'
+    assert _sample(spam.metrics, name) == 1
+    monkeypatch.setattr(Failure, "is_due", True)
+    spam.follower.sync()
+    assert spam.live() == {"spam": 1, "topic": 1}
+    assert _sample(spam.metrics, name) == 0
 
 
 def test_bits_that_flipped_in_the_store_are_noticed(spam: World) -> None:

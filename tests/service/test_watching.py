@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from app.config import Settings
-from app.domain import Arm, TextInput
+from app.domain import Arm, TaskOutput, TextInput
 from app.errors import NotFoundError
 from app.service.dispatch import Reading
 from app.service.usage import Timings, Usage
@@ -136,3 +136,9 @@ def test_tokens_take_room_too() -> None:
     served = request("a", TextInput("one two three"))
     served.readings[0].encoding = encoding
     assert served.memory_bytes > 13 + 8 * len(encoding)
+
+
+def test_scores_take_room_too() -> None:
+    served = request("a", TextInput("one"))
+    served.readings[0].outputs = {"sha256:1": TaskOutput((0.5,) * 384), "sha256:2": TaskOutput(error="it broke")}
+    assert served.memory_bytes >= 3 + 32 * 384
