@@ -99,7 +99,7 @@ def learn(
     tables = Tables.read(files, options.problem_type, recipe.seed)
     study = Study(tables, backbone, TextTokenizer(backbone.path), watcher)
     golden = read_inputs(options.golden, tables.train.input_kind) if options.golden is not None else []
-    noticed = findings(tables.named)
+    noticed = findings(tables.named, tables.whole)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
     _check_readable(study, golden, options.golden)

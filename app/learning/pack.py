@@ -207,7 +207,8 @@ def read_tasks(
         watcher.notice([f"live tasks that take no part stay as they are: {', '.join(left_out)}"])
     tasks = [_read_task(member, exact.spec) for member in members]
     for task in tasks:
-        watcher.notice([f"{task.name}: {sentence}" for sentence in findings(task.tables.named).sentences()])
+        noticed = findings(task.tables.named, task.tables.whole)
+        watcher.notice([f"{task.name}: {sentence}" for sentence in noticed.sentences()])
     tokenizer = TextTokenizer(exact.path)
     watcher.stage("live tasks", len(tasks))
     with evaluation.running(exact) as engine:

@@ -79,6 +79,7 @@ class Tables:
     dev: Table
     test: Table | None
     labels: tuple[str, ...]
+    whole: Table | None = None  # train's file, where dev was split off from it
 
     @classmethod
     def read(cls, files: Files, problem_type: ProblemType | None, seed: int = 0) -> Tables:
@@ -91,8 +92,8 @@ class Tables:
                 check_fits(table, train, labels)
         if given is not None:
             return cls(train, given, test, labels)
-        train, dev = split_off_dev(train, seed=seed)
-        return cls(train, dev, test, labels)
+        rest, dev = split_off_dev(train, seed=seed)
+        return cls(rest, dev, test, labels, train)
 
     @property
     def problem_type(self) -> ProblemType:

@@ -156,6 +156,14 @@ def test_labels_as_numbers_can_be_a_regression(tmp_path: Path, backbone: Backbon
     assert manifest["labels"] == [] and set(manifest["evaluation"]) == {"dev", "measure"}
 
 
+def test_all_of_the_training_file_is_looked_at_where_dev_is_a_part_of_it(tmp_path: Path, backbone: Backbone) -> None:
+    train = files_of(tmp_path, samples.single_rows, count=60).train
+    (tmp_path / "same.tsv").write_text(train.read_text())
+    watcher = Silent()
+    learn(recipe(epochs=1), Files(train, None, tmp_path / "same.tsv"), tmp_path / "out", (backbone, backbone), watcher)
+    assert watcher.noticed[0].startswith("60 of 60 texts of same.tsv also stand in train.tsv")
+
+
 # -- the artifact ------------------------------------------------------------------------------------------------------
 
 
