@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.domain import BackboneSpec, Encoding, TextInput
+from app.domain import BackboneSpec, Encoding, ProblemType, TextInput
 from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
@@ -53,10 +53,13 @@ def cache_plan(recipe: Recipe, frozen: Frozen) -> CachePlan:
 
 
 def encode(tokenizer: TextTokenizer, table: Table, limit: int) -> list[Encoding]:
-    """Encodings cut at `limit` tokens. Raises DataError naming the row that has nothing to read."""
-    texts = table.texts
+    """Encodings cut at `limit` tokens. Raises DataError naming the row that has nothing to read.
+
+    Offsets and word ids, which are most of an encoding's memory, are there only where tokens are tagged.
+    """
+    texts, is_token = table.texts, table.problem_type is ProblemType.TOKEN
     try:
-        return tokenizer.encode(texts, [limit] * len(texts), truncate=True)
+        return tokenizer.encode(texts, [limit] * len(texts), truncate=True, has_offsets=is_token)
     except TokenizationError:
         line = next(e.line for e in table.examples if not _readable(tokenizer, e.text, limit))
         raise DataError(f"{table.name}, line {line} has nothing that the model can read") from None

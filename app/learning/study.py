@@ -276,8 +276,6 @@ class Study:
                 raise DataError(f"there is no {name} file")
             encodings = encode(self.tokenizer, table, limit_tokens(self.backbone.spec, plan))
             view.targets[name] = targets_of(table, self.tables.labels, encodings, self.scaling)
-            if table.problem_type is not ProblemType.TOKEN:  # offsets and words are most of an encoding's memory
-                encodings = [Encoding(e.input_ids, e.token_type_ids) for e in encodings]
             view.encodings[name] = encodings
         return view.encodings[name]
 

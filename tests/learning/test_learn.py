@@ -22,6 +22,7 @@ from app.errors import ArtifactError, DataError, SettingsError
 from app.learning import evaluation
 from app.learning.data import read_table
 from app.learning.learn import Files, Options, learn
+from app.learning.prepare import encode
 from app.learning.recipe import Recipe
 from app.learning.trainer import Epoch
 from tests.learning import samples
@@ -162,6 +163,17 @@ def test_all_of_the_training_file_is_looked_at_where_dev_is_a_part_of_it(tmp_pat
     watcher = Silent()
     learn(recipe(epochs=1), Files(train, None, tmp_path / "same.tsv"), tmp_path / "out", (backbone, backbone), watcher)
     assert watcher.noticed[0].startswith("60 of 60 texts of same.tsv also stand in train.tsv")
+
+
+def test_offsets_are_kept_only_where_tokens_are_tagged(tmp_path: Path, backbone: Backbone) -> None:
+    tokenizer = TextTokenizer(backbone.path)
+    for name, files in (("plain", files_of(tmp_path, samples.single_rows, 40)), ("tags", tagged_files(tmp_path))):
+        learn(recipe(epochs=1), files, tmp_path / name, (backbone, backbone), Silent())
+        table, is_token = read_table(files.dev), name == "tags"
+        with evaluation.running(backbone) as engine:
+            scored = evaluation.score(engine, tokenizer, read_artifact(tmp_path / name, backbone.spec), table)
+        for encodings in (scored.encodings, encode(tokenizer, table, 64)):
+            assert all(bool(e.offsets) == bool(e.word_ids) == is_token for e in encodings)
 
 
 # -- the artifact ------------------------------------------------------------------------------------------------------
