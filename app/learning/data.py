@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -121,6 +121,21 @@ def check_fits(table: Table, train: Table, labels: Sequence[str]) -> None:
         raise DataError(f"{table.name} has labels that {train.name} lacks: {', '.join(unknown[:5])}")
 
 
+def without(table: Table, faults: Mapping[int, str]) -> Table:
+    """`table` without these rows, by index; what is wrong with each, to follow its line, joins the unreadable ones.
+
+    Raises DataError where too many cannot be read then.
+    """
+    if not faults:
+        return table
+    lines = {row: table.examples[row].line for row in faults}
+    added = [Unreadable(lines[row], f"line {lines[row]} {fault}") for row, fault in faults.items()]
+    unreadable = sorted((*table.unreadable, *added), key=lambda row: row.line)
+    examples = tuple(example for row, example in enumerate(table.examples) if row not in faults)
+    _check_share(table.name, unreadable, len(examples))
+    return replace(table, examples=examples, unreadable=tuple(unreadable))
+
+
 def read_inputs(path: Path, input_kind: InputKind) -> list[TextInput]:
     """Texts without answers, one a line; of pairs with a tab between. Empty lines do not count."""
     try:
@@ -187,15 +202,15 @@ def _sorted_out(
             found.append(read(line, record))
         except _UnreadableError as error:
             unreadable.append(Unreadable(line, f"line {line}{error}"))
-    _check_share(path, unreadable, len(found))
+    _check_share(path.name, unreadable, len(found))
     return found, unreadable
 
 
-def _check_share(path: Path, unreadable: Sequence[Unreadable], num_read: int) -> None:
+def _check_share(name: str, unreadable: Sequence[Unreadable], num_read: int) -> None:
     total = num_read + len(unreadable)
     if len(unreadable) > _MAX_UNREADABLE * total:
         raise DataError(
-            f"{len(unreadable)} of the {total} rows of {path.name} cannot be read, which is too many to go on; "
+            f"{len(unreadable)} of the {total} rows of {name} cannot be read, which is too many to go on; "
             f"correct the file: {unreadable[0].reason}"
         )
 

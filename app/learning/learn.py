@@ -96,13 +96,14 @@ def learn(
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
     writer.check_out(out.absolute())
     backbone, exact = backbones
-    tables = Tables.read(files, options.problem_type, recipe.seed)
-    study = Study(tables, backbone, TextTokenizer(backbone.path), watcher)
+    tokenizer = TextTokenizer(backbone.path)
+    tables = Tables.read(files, options.problem_type, recipe.seed, tokenizer)
+    study = Study(tables, backbone, tokenizer, watcher)
     golden = read_inputs(options.golden, tables.train.input_kind) if options.golden is not None else []
     noticed = findings(tables.named, tables.whole)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
-    _check_readable(study, golden, options.golden)
+    _check_readable(tokenizer, golden, options.golden, backbone.spec)
     if options.raise_epochs:
         recipe = with_enough_steps(recipe, len(tables.train.examples))
     if options.arrangements or options.compose:
@@ -124,13 +125,10 @@ def learn(
     return manifest
 
 
-def _check_readable(study: Study, golden: list[TextInput], name: Path | None) -> None:
-    """Raise DataError for a text that the model cannot read, before anything is trained."""
-    for table in study.tables.named:
-        study.texts(table)
-    limit = study.backbone.spec.max_tokens
+def _check_readable(tokenizer: TextTokenizer, golden: list[TextInput], name: Path | None, spec: BackboneSpec) -> None:
+    """Raise DataError for a golden input that the model cannot read, before anything is trained."""
     try:
-        study.tokenizer.encode(golden, [limit] * len(golden), truncate=True)
+        tokenizer.encode(golden, [spec.max_tokens] * len(golden), truncate=True)
     except TokenizationError as error:
         raise DataError(f"{name}: {error}") from error
 

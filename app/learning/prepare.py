@@ -5,6 +5,7 @@ Knows tokenizer, backbone and artifacts of other tasks; trains nothing.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,12 @@ from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError, TokenizationError
 from app.learning.cache import CachePlan, StateCache
-from app.learning.data import Table
+from app.learning.data import Table, without
 from app.learning.model import position_offset
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix, recorded_keys_values, run_layers
+
+_CHUNK = 1000  # texts tokenized at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +53,19 @@ def cache_plan(recipe: Recipe, frozen: Frozen) -> CachePlan:
         return CachePlan(recipe.read_layers, recipe.first_layer, position_offset=offset)
     offset = position_offset(list(frozen.prefixes))
     return CachePlan(recipe.read_layers, prefixes=frozen.prefixes, position_offset=offset)
+
+
+def readable(tokenizer: TextTokenizer, table: Table) -> Table:
+    """`table` without rows in which the tokenizer finds nothing to read: they join the unreadable ones.
+
+    Raises DataError where they are too many.
+    """
+    faults: dict[int, str] = {}
+    for start in range(0, len(table.examples), _CHUNK):
+        texts = [example.text for example in table.examples[start : start + _CHUNK]]
+        found = tokenizer.encode_each(texts, [sys.maxsize] * len(texts), [False] * len(texts), has_offsets=False)
+        faults |= {start + row: fault for row, fault in enumerate(found) if isinstance(fault, str)}
+    return without(table, faults)
 
 
 def encode(tokenizer: TextTokenizer, table: Table, limit: int) -> list[Encoding]:

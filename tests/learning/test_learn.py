@@ -264,11 +264,25 @@ def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backb
         read_artifact(tmp_path / "out", backbone.spec)
 
 
-def test_texts_without_anything_to_read_are_named_by_line(tmp_path: Path, backbone: Backbone) -> None:
-    files = files_of(tmp_path, samples.single_rows, count=10)
-    with files.dev.open("a") as dev:
-        dev.write("\x01\x02\tgood\n")
-    with pytest.raises(DataError, match=r"dev\.tsv, line 62 has nothing that the model can read"):
+def test_texts_without_anything_to_read_are_left_out_and_told(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    for path in (files.train, files.dev, files.test):
+        with path.open("a") as file:
+            file.write("\x01\x02\tgood\n\tgood\n\u200b\tgood\n")
+    watcher = Silent()
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert [data["rows"] for data in manifest["data"].values()] == [40, 60, 60]
+    assert watcher.noticed[:2] == [
+        f"3 rows of {name} cannot be read and are left out (the first: line {line} has nothing that the model can "
+        "read): correct or delete them"
+        for name, line in (("train.tsv", 42), ("dev.tsv", 62))
+    ]
+
+
+def test_a_table_of_which_too_little_can_be_read(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    files.dev.write_text("text\tlabel\n" + "good\tgood\n" * 7 + "\x01\tgood\n" * 3)
+    with pytest.raises(DataError, match=r"3 of the 10 rows of dev\.tsv cannot be read, .*: line 9 has nothing that"):
         learn(recipe(), files, tmp_path / "out", (backbone, backbone), Silent())
 
 
