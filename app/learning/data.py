@@ -52,6 +52,7 @@ class Example:
     labels: tuple[str, ...] = ()  # single-label: one; multi-label: any number; tokens: a BIO tag for each word
     score: float = 0.0  # regression
     words: tuple[str, ...] = ()  # tokens: the file's own words; `text` joins them by spaces
+    num_tokens: int = 0  # of the whole text, special ones too; 0: not counted
 
 
 @dataclass(frozen=True, slots=True)

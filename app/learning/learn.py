@@ -28,6 +28,7 @@ from app.learning.data import read_inputs
 from app.learning.evaluation import Scored
 from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
+from app.learning.prepare import cache_plan, limit_tokens, num_truncated, read_frozen, told_of_truncated
 from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
 from app.learning.search import Arrangement, Candidate, Found, Point, candidates, passes_of, refinements, search
@@ -78,6 +79,11 @@ class Learned:
     def tables(self) -> Tables:
         return self.study.tables
 
+    @property
+    def limit_tokens(self) -> int:
+        """Of a text; what is longer is read in part."""
+        return self.study.backbone.spec.max_tokens - self.fitted.position_offset
+
 
 def learn(
     recipe: Recipe,
@@ -103,6 +109,8 @@ def learn(
     noticed = findings(tables.named, tables.whole)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
+    limit = limit_tokens(backbone.spec, cache_plan(recipe, read_frozen(recipe, backbone.spec)))
+    watcher.notice(told_of_truncated(tables.named.values(), limit))
     _check_readable(tokenizer, golden, options.golden, backbone.spec)
     if options.raise_epochs:
         recipe = with_enough_steps(recipe, len(tables.train.examples))
@@ -287,7 +295,7 @@ def _story(
         fitted=learned.fitted,
         found=learned.found,
         scored=scored,
-        findings=noticed,
+        findings=[*noticed, *told_of_truncated(learned.tables.named.values(), learned.limit_tokens)],
         command=options.command,
         tolerance=options.tolerance,
         size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
@@ -334,7 +342,12 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
         },
         "search": [] if learned.found is None else [_point(point) for point in learned.found.points],
         "data": {
-            name: {"file": table.name, "sha256": table.sha256, "rows": len(table.examples)}
+            name: {
+                "file": table.name,
+                "sha256": table.sha256,
+                "rows": len(table.examples),
+                "truncated": num_truncated(table, learned.limit_tokens),
+            }
             for name, table in tables.named.items()
         },
     }

@@ -23,7 +23,7 @@ from app.learning.alignment import tags_of_words, word_starts
 from app.learning.cache import CachePlan, StateCache, build_cache
 from app.learning.data import OUTSIDE, Table, check_fits, label_names, read_table
 from app.learning.model import TaskModel
-from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen, readable
+from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen, tokenized
 from app.learning.problems import IGNORED, MEASURES, Scaling, num_outputs, targets_of
 from app.learning.recipe import Recipe
 from app.learning.splits import split_off_dev
@@ -89,7 +89,7 @@ class Tables:
 
         def read(path: Path) -> Table:
             table = read_table(path, problem_type)
-            return table if tokenizer is None else readable(tokenizer, table)
+            return table if tokenizer is None else tokenized(tokenizer, table)
 
         train = read(files.train)
         labels = label_names(train)

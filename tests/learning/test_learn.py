@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -277,6 +278,25 @@ def test_texts_without_anything_to_read_are_left_out_and_told(tmp_path: Path, ba
         "read): correct or delete them"
         for name, line in (("train.tsv", 42), ("dev.tsv", 62))
     ]
+
+
+@pytest.mark.parametrize(("changes", "limit"), [({}, 64), ({"num_virtual_tokens": 4}, 60)], ids=["bare", "prefix"])
+def test_texts_that_are_read_in_part_are_told(
+    tmp_path: Path, backbone: Backbone, changes: dict[str, Any], limit: int
+) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    for path, texts in ((files.train, [60, 59, 58]), (files.test, [64, 63])):
+        with path.open("a") as file:
+            file.write("".join(f"{'good ' * words}\tgood\n" for words in texts))
+    watcher = Silent()
+    manifest = learn(recipe(epochs=1, **changes), files, tmp_path / "out", (backbone, backbone), watcher)
+    train = sum(words + 2 > limit for words in (60, 59, 58))
+    assert [data["truncated"] for data in manifest["data"].values()] == [train, 0, 2]
+    told = f"2 of 62 texts of test.tsv are longer than {limit} tokens: only their beginning is read; the service "
+    told = (f"{train} of 43 texts of train.tsv, " if train else "") + told
+    assert sum(sentence.startswith(told) for sentence in watcher.noticed) == 1
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert told in page and 'unless a request says "truncate": true' in page
 
 
 def test_a_table_of_which_too_little_can_be_read(tmp_path: Path, backbone: Backbone) -> None:
