@@ -24,7 +24,7 @@ from app.learning import evaluation, reporting, writer
 from app.learning.baselines import Baseline
 from app.learning.calibration import fit_temperature
 from app.learning.compose import compose
-from app.learning.data import read_inputs
+from app.learning.data import Table, read_inputs
 from app.learning.evaluation import Scored
 from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
@@ -123,14 +123,22 @@ def learn(
         learned = _finish(study, study.fit(completed))
     baselines: dict[str, Baseline] = {}
     if (options.baselines or options.finetuning) and not learned.was_interrupted:
-        try:
-            baselines = reporting.baselines(study, recipe, options.baselines, options.finetuning)
-        except KeyboardInterrupt:
-            learned = replace(learned, was_interrupted=True)
-    with writer.new_folder(out) as folder:
-        manifest, scored = _write(folder, learned, exact, watcher, baselines, golden)
-        reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
-    return manifest
+        baselines, was_interrupted = reporting.baselines(study, recipe, options.baselines, options.finetuning)
+        learned = replace(learned, was_interrupted=was_interrupted)
+
+    def write(learned: Learned, measured: Mapping[str, Table]) -> dict[str, Any]:
+        with writer.new_folder(out) as folder:
+            manifest, scored = _write(folder, learned, exact, watcher, measured, baselines, golden)
+            reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
+        return manifest
+
+    try:
+        return write(learned, {name: table for name, table in tables.named.items() if name != "train"})
+    except KeyboardInterrupt:
+        watcher.notice(
+            ["interrupted: the task is written with the figures of dev alone; another interrupt abandons it"]
+        )
+    return write(replace(learned, was_interrupted=True), {"dev": tables.dev})
 
 
 def _check_readable(tokenizer: TextTokenizer, golden: list[TextInput], name: Path | None, spec: BackboneSpec) -> None:
@@ -202,13 +210,21 @@ def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned
     """The model's tensors as they are stored: calibrated, in the data's own units, prefixes beside them."""
     kind = study.tables.problem_type
     tensors = fitted.model.tensors()
-    temperature = fit_temperature(kind, *study.logits(fitted, "dev"))
+    temperature, was_interrupted = _calibrated(study, fitted)
     _scale_logits(tensors, fitted.recipe, 1 / temperature)
     if kind is ProblemType.REGRESSION:
         _fold(tensors, fitted.recipe, study.scaling)
     prefixes = _add_prefixes(tensors, fitted)
-    was_interrupted = fitted.was_interrupted or (found is not None and found.was_interrupted)
+    was_interrupted |= fitted.was_interrupted or (found is not None and found.was_interrupted)
     return Learned(study, fitted, tensors, prefixes, temperature, found, was_interrupted)
+
+
+def _calibrated(study: Study, fitted: Fitted) -> tuple[float, bool]:
+    """The temperature, and whether the user interrupted it: seconds of work, which a first interrupt begins anew."""
+    try:
+        return fit_temperature(study.tables.problem_type, *study.logits(fitted, "dev")), False
+    except KeyboardInterrupt:
+        return fit_temperature(study.tables.problem_type, *study.logits(fitted, "dev")), True
 
 
 def _scale_logits(tensors: dict[str, Tensor], recipe: Recipe, factor: float) -> None:
@@ -254,14 +270,17 @@ def _write(
     learned: Learned,
     exact: Backbone,
     watcher: Watcher,
+    measured: Mapping[str, Table],
     baselines: Mapping[str, Baseline],
     golden: list[TextInput],
 ) -> tuple[dict[str, Any], dict[str, Scored]]:
-    """Write the artifact with what the engine measures of it. Returns the manifest, and what dev and test got."""
+    """Write the artifact with what the engine measures of it on `measured`: dev, and test where it is wanted.
+
+    Returns the manifest, and what these tables got.
+    """
     tables, scored = learned.tables, dict[str, Scored]()
 
     def measure(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact) -> dict[str, Any]:
-        measured = {name: table for name, table in tables.named.items() if name != "train"}
         watcher.stage("measuring", sum(len(table.examples) for table in measured.values()))
         for name, table in measured.items():
             scored[name] = evaluation.score(engine, tokenizer, artifact, table)

@@ -20,8 +20,9 @@ from app.engine.backbone import Backbone
 from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, DataError, SettingsError
-from app.learning import evaluation
+from app.learning import evaluation, reporting
 from app.learning.data import read_table
+from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
 from app.learning.prepare import encode
 from app.learning.recipe import Recipe
@@ -250,12 +251,95 @@ def test_an_artifact_is_replaced_and_nothing_else_is(tmp_path: Path, backbone: B
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["frozen layers, dev", "training", "measuring"])
+@pytest.mark.parametrize("stage", ["frozen layers, dev", "training"])
 def test_an_interrupted_run_leaves_nothing_loadable(tmp_path: Path, backbone: Backbone, stage: str) -> None:
     files = files_of(tmp_path, samples.single_rows, count=40)
     with pytest.raises(KeyboardInterrupt):
         learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(stage))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.tsv", "test.tsv", "train.tsv"]
+
+
+class Impatient(Silent):
+    """Interrupts in one stage, the first times that it begins."""
+
+    def __init__(self, stage: str, times: int) -> None:
+        super().__init__()
+        self._stage, self._times = stage, times
+
+    def stage(self, name: str, total: int) -> None:
+        super().stage(name, total)
+        if name == self._stage and self.stages.count(name) <= self._times:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_measuring_keeps_what_was_learned(tmp_path: Path, backbone: Backbone) -> None:
+    files, watcher = files_of(tmp_path, samples.single_rows, count=40), Impatient("measuring", times=1)
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert manifest["evaluation"].keys() == {"dev", "measure"} and manifest["training"]["interrupted"] is True
+    assert "another interrupt abandons it" in watcher.noticed[-1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Measuring was interrupted" in page and "There is no test set" not in page
+    read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_a_second_interrupt_while_measuring_abandons_it(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    with pytest.raises(KeyboardInterrupt):
+        learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Impatient("measuring", times=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.tsv", "test.tsv", "train.tsv"]
+
+
+def test_an_interrupt_while_calibrating_keeps_what_was_learned(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> float:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.learning.learn.fit_temperature", interrupted)
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    manifest = learned(tmp_path, files, backbone, epochs=1)
+    assert manifest["training"]["interrupted"] is True and "test" in manifest["evaluation"]
+    monkeypatch.undo()
+    again = learn(recipe(epochs=1), files, tmp_path / "again", (backbone, backbone), Silent())
+    assert manifest["training"]["temperature"] == again["training"]["temperature"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "kept"),
+    [
+        ("_linear", KeyboardInterrupt(), {"majority", "tfidf"}),
+        ("_linear", RuntimeError("it broke\nat some line"), {"majority", "tfidf", "full fine-tuning"}),
+        (
+            "_full",
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
+            {"majority", "tfidf", "linear head on the bare trunk"},
+        ),
+    ],
+    ids=["interrupt", "error", "memory"],
+)
+def test_a_baseline_that_ends_early_takes_nothing_with_it(
+    tmp_path: Path,
+    backbone: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
+    error: BaseException,
+    kept: set[str],
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(reporting, fails, failing)
+    watcher, options = Silent(), Options(baselines=True, finetuning=FinetuneSettings(epochs=1))
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher, options)
+    assert set(manifest["baselines"]) == kept
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    assert manifest["training"]["interrupted"] is is_interrupt
+    if not is_interrupt:
+        told = f"failed and is left out: {type(error).__name__}: {str(error).splitlines()[0]}"
+        assert watcher.noticed[-1].endswith(told)
+    read_artifact(tmp_path / "out", backbone.spec)
 
 
 def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backbone) -> None:
