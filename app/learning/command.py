@@ -152,8 +152,11 @@ def _run(args: argparse.Namespace) -> int:
     options = _options(args, both[0].spec)
     with Screen(Console()) as screen:
         manifest = learn(recipe_of(args), Files(args.train, args.dev, args.test), args.out, both, screen, options)
+    was_interrupted = manifest["training"]["interrupted"]
     _show(manifest, args.out)
-    if not manifest["training"]["interrupted"]:
+    if was_interrupted or not getattr(args, "publish", False):  # else whoever added --publish does it now
+        Console().print(jobs.next_step(args.out), markup=False, soft_wrap=True)
+    if not was_interrupted:
         return 0
     Console(stderr=True).print("manifold learn: interrupted, the best so far was written", soft_wrap=True)
     return 130
@@ -247,7 +250,6 @@ def _show(manifest: dict[str, Any], out: Path) -> None:
     cost = f"{manifest['cost']['passes']:.2f} passes beside tasks on the bare trunk"
     console.print(f"{manifest['task']}: {out} ({size_kb:.0f} kB, {cost})", soft_wrap=True)
     console.print(f"report: {out / REPORT}", soft_wrap=True)
-    console.print(f"make it live: manifold publish {out}", soft_wrap=True)
 
 
 def _shown(name: str, value: float | None) -> str:
