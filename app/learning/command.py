@@ -103,11 +103,16 @@ def _add_training_arguments(parser: argparse.ArgumentParser, default: Recipe) ->
     for name in ("patience", "batch_size", "seed"):
         group.add_argument(_flag(name), type=int, default=getattr(default, name), metavar="N", help=_DEFAULT)
     for name in _RATES:
-        group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=_DEFAULT)
+        told = f"{_CLASS_WEIGHT_POWER}; {_DEFAULT}" if name == "class_weight_power" else _DEFAULT
+        group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=told)
 
 
 _SHIPPED_PREFIXES = Path(__file__).resolve().parents[2] / "prefixes"
 _DEFAULT = "default %(default)s"
+_CLASS_WEIGHT_POWER = (
+    "for imbalanced labels, how much more rare ones count in the loss: 0 not at all, 0.5 by the root of how rare they "
+    "are, 1 as much as frequent ones"
+)
 _RATES = (
     "learning_rate",
     "query_learning_rate",

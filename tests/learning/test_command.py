@@ -49,6 +49,15 @@ def test_it_says_how_to_publish_where_that_is_not_done_anyway(
     assert "manifold publish" not in capsys.readouterr().out
 
 
+def test_the_help_says_what_class_weights_are_for() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    told = " ".join(parser.format_help().split())
+    assert (
+        "--class-weight-power X for imbalanced labels, how much more rare ones count in the loss: 0 not at all" in told
+    )
+
+
 def test_what_is_wrong_is_one_sentence_on_stderr(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments, "--train", "nowhere.tsv") == 1
     assert capsys.readouterr().err == "manifold learn: nowhere.tsv cannot be read: No such file or directory\n"
