@@ -5,8 +5,9 @@ Knows the order of things; each step is another module's. Draws nothing: it repo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ class Options:
     command: str = ""  # as it was typed, for the report
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of train and dev: (how many, of how many)."""
+
+    train: tuple[int, int]
+    dev: tuple[int, int]
+
+    def __str__(self) -> str:
+        parts = (f"{rows:,} of {total:,} rows of {name}" for name, (rows, total) in asdict(self).items())
+        return f"a sample: {' and '.join(parts)}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     """A fitted task with what is needed to write it."""
@@ -70,6 +83,8 @@ class Learned:
     temperature: float
     found: Found | None  # the search that chose it
     was_interrupted: bool  # by the user; this is the best until then
+    sample: Sample | None = None  # that the search ran on; None: on all rows
+    seconds: float = 0.0  # of the frozen layers' passes and all fits
 
     @property
     def recipe(self) -> Recipe:
@@ -114,6 +129,7 @@ def learn(
     _check_readable(tokenizer, golden, options.golden, backbone.spec)
     if options.raise_epochs:
         recipe = with_enough_steps(recipe, len(tables.train.examples))
+    began = time.perf_counter()
     if options.arrangements or options.compose:
         learned = _choose(recipe, study, options)
     else:
@@ -121,6 +137,7 @@ def learn(
         study.prepare([completed])  # and no more: what baselines read comes when the task is there
         watcher.stage("training", recipe.epochs)
         learned = _finish(study, study.fit(completed))
+    learned = replace(learned, seconds=time.perf_counter() - began)
     baselines: dict[str, Baseline] = {}
     if (options.baselines or options.finetuning) and not learned.was_interrupted:
         baselines, was_interrupted = reporting.baselines(study, recipe, options.baselines, options.finetuning)
@@ -154,12 +171,25 @@ def _choose(recipe: Recipe, study: Study, options: Options) -> Learned:
 
     A user's interrupt ends all of it, with the best that is there.
     """
-    tables, watcher = study.tables, study.watcher
-    part = study
-    if len(tables.train.examples) > _SEARCH_ROWS or len(tables.dev.examples) > _SEARCH_DEV_ROWS:
-        train = subsample(tables.train, _SEARCH_ROWS, recipe.seed)
-        dev = subsample(tables.dev, _SEARCH_DEV_ROWS, recipe.seed)
-        part = Study(replace(tables, train=train, dev=dev), study.backbone, study.tokenizer, watcher)
+    part, sample = _sampled(study, recipe.seed)
+    if sample is not None:
+        study.watcher.notice([f"the search runs on {sample}; what it chooses is then trained on all of them"])
+    return replace(_searched(recipe, study, part, options), sample=sample)
+
+
+def _sampled(study: Study, seed: int) -> tuple[Study, Sample | None]:
+    """What the search runs on: the study itself where it is small enough."""
+    tables = study.tables
+    num_train, num_dev = len(tables.train.examples), len(tables.dev.examples)
+    if num_train <= _SEARCH_ROWS and num_dev <= _SEARCH_DEV_ROWS:
+        return study, None
+    train, dev = subsample(tables.train, _SEARCH_ROWS, seed), subsample(tables.dev, _SEARCH_DEV_ROWS, seed)
+    part = Study(replace(tables, train=train, dev=dev), study.backbone, study.tokenizer, study.watcher)
+    return part, Sample((len(train.examples), num_train), (len(dev.examples), num_dev))
+
+
+def _searched(recipe: Recipe, study: Study, part: Study, options: Options) -> Learned:
+    watcher = study.watcher
     if options.compose:
         watcher.stage("compositions", 0)
         found = compose(part, recipe, options.pool, options.tolerance, watcher.candidate)
@@ -317,6 +347,8 @@ def _story(
         findings=[*noticed, *told_of_truncated(learned.tables.named.values(), learned.limit_tokens)],
         command=options.command,
         tolerance=options.tolerance,
+        sample="" if learned.sample is None else f"The search ran on {learned.sample}.",
+        training_s=learned.seconds,
         size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
     )
 
@@ -360,6 +392,7 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
             "interrupted": learned.was_interrupted,
         },
         "search": [] if learned.found is None else [_point(point) for point in learned.found.points],
+        "search_sample": {} if learned.sample is None else {n: rows for n, (rows, _) in asdict(learned.sample).items()},
         "data": {
             name: {
                 "file": table.name,

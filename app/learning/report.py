@@ -349,7 +349,7 @@ def _cards(report: Mapping[str, Any], own: _Quality) -> Iterator[tuple[str, str,
     if "size_bytes" in cost:
         yield "Size", _size(cost["size_bytes"]), "on disk"
     if "training_s" in cost:
-        yield "Training", _duration(cost["training_s"]), "in all"
+        yield "Training", _duration(cost["training_s"]), "in all, frozen layers included"
 
 
 def _baselines(own: _Quality) -> list[_Baseline]:

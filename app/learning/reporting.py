@@ -44,6 +44,8 @@ class Story:
     findings: Sequence[str]
     command: str
     tolerance: float
+    sample: str  # a sentence where the search ran on a part of the rows
+    training_s: float  # the frozen layers' passes and all fits
     size_bytes: int
 
 
@@ -188,10 +190,11 @@ def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
         "labels": manifest["labels"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.settings() | {"prefixes": [path.name for path in recipe.prefixes]},
-        "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": _seconds(story)},
+        "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": story.training_s},
         "figures": _measured_sets(manifest),
         "measure": manifest["evaluation"]["measure"],
         "candidates": [] if story.found is None else [_point(point) for point in story.found.points],
+        "sample": story.sample,
         "tolerance": story.tolerance,
         "baselines": manifest["baselines"],
         "epochs": [{"number": e.number, "loss": e.loss, "dev": e.dev} for e in story.fitted.epochs],
@@ -214,15 +217,6 @@ def _answers(manifest: Mapping[str, Any], scored: Mapping[str, Scored]) -> dict[
         "details": {"split": split} | evaluation.details(scored[split], labels, thresholds),
         "mistakes": _mistakes(scored[split], labels, thresholds),
     }
-
-
-def _seconds(story: Story) -> float:
-    """Of all fits: the search's, and the last one where it was not among them."""
-    found = story.found
-    if found is None:
-        return story.fitted.seconds
-    last = 0.0 if found.fitted is story.fitted else story.fitted.seconds
-    return last + sum(point.seconds for point in found.points)
 
 
 def _point(point: Any) -> dict[str, Any]:
