@@ -115,11 +115,15 @@ def check_fits(table: Table, train: Table, labels: Sequence[str]) -> None:
     if table.problem_type is not train.problem_type or table.input_kind is not train.input_kind:
         raise DataError(
             f"{table.name} holds {table.problem_type} of kind {table.input_kind}, "
-            f"and {train.name} {train.problem_type} of kind {train.input_kind}"
+            f"and {train.name} {train.problem_type} of kind {train.input_kind}: give both files the same columns"
         )
     unknown = sorted({label for example in table.examples for label in example.labels} - set(labels))
     if unknown:
-        raise DataError(f"{table.name} has labels that {train.name} lacks: {', '.join(unknown[:5])}")
+        named = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        raise DataError(
+            f"{table.name} has labels that {train.name} lacks ({named}): correct them, "
+            f"add rows of them to {train.name}, or take theirs out of {table.name}"
+        )
 
 
 def without(table: Table, faults: Mapping[int, str]) -> Table:
@@ -326,7 +330,10 @@ def _problem_type(path: Path, columns: Sequence[str]) -> ProblemType:
     for kind, answers in _ANSWER_COLUMNS.items():
         if answers[0] in columns:
             return kind
-    raise DataError(f"{path.name} has no column label, labels, score or tags: it has {', '.join(columns)}")
+    raise DataError(
+        f"{path.name} has no column label, labels, score or tags: it has {', '.join(columns)}; "
+        "rename the one with the answers to label (one a text), labels (several, joined by |) or score (a number)"
+    )
 
 
 def _answer_column(path: Path, columns: Sequence[str], kind: ProblemType) -> str:
@@ -334,14 +341,19 @@ def _answer_column(path: Path, columns: Sequence[str], kind: ProblemType) -> str
         if name in columns:
             return name
     wanted = " or ".join(_ANSWER_COLUMNS.get(kind, ()))
-    raise DataError(f"{path.name} has no column {wanted} for {kind}: it has {', '.join(columns)}")
+    raise DataError(
+        f"{path.name} has no column {wanted} for {kind}: it has {', '.join(columns)}; "
+        "rename the one with the answers, or change --problem-type"
+    )
 
 
 def _input_kind(path: Path, columns: Sequence[str], kind: ProblemType) -> InputKind:
     if kind is ProblemType.TOKEN:
         if "tokens" in columns:
             return InputKind.TEXT
-        raise DataError(f"{path.name} has no column tokens: it has {', '.join(columns)}")
+        raise DataError(
+            f"{path.name} has no column tokens: it has {', '.join(columns)}; rename the one with the lists of words"
+        )
     return _text_kind(path, columns)
 
 
@@ -350,7 +362,10 @@ def _text_kind(path: Path, columns: Sequence[str]) -> InputKind:
         return InputKind.TEXT
     if "text_a" in columns and "text_b" in columns:
         return InputKind.PAIR
-    raise DataError(f"{path.name} has no column text, nor text_a and text_b: it has {', '.join(columns)}")
+    raise DataError(
+        f"{path.name} has no column text, nor text_a and text_b: it has {', '.join(columns)}; "
+        "rename the one with the texts to text, or of pairs the two to text_a and text_b"
+    )
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
 import random
@@ -342,6 +343,20 @@ def test_a_baseline_that_ends_early_takes_nothing_with_it(
     read_artifact(tmp_path / "out", backbone.spec)
 
 
+def test_a_full_disk_is_told_with_what_to_do(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.learning.writer.write_manifest", full)
+    with pytest.raises(
+        DataError, match=r"cannot be written to .*: No space left on device; make room there, or .*--out"
+    ):
+        learned(tmp_path, files_of(tmp_path, samples.single_rows, count=40), backbone, epochs=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backbone) -> None:
     learned(tmp_path, files_of(tmp_path, samples.single_rows, count=40), backbone, epochs=1)
     (tmp_path / "out" / "manifest.json").unlink()
@@ -400,7 +415,9 @@ def test_a_table_of_which_too_little_can_be_read(tmp_path: Path, backbone: Backb
         ({"num_virtual_tokens": 4, "first_layer": 2, "read_layers": (1, 2)}, "nothing reads above"),
         ({"num_virtual_tokens": 4, "prefixes": (Path("x"),)}, "give one of them"),
         ({"task": "Über"}, "--task must be a name"),
-        ({"epochs": 0}, "--epochs is out of range"),
+        ({"epochs": 0}, "--epochs is out of range: give 1 or more"),
+        ({"dropout": 1.0}, "--dropout is out of range: give 0 or more and less than 1"),
+        ({"learning_rate": float("nan")}, "--learning-rate is out of range: give more than 0"),
     ],
 )
 def test_choices_that_cannot_work(tmp_path: Path, backbone: Backbone, changes: dict[str, Any], sentence: str) -> None:
