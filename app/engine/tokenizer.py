@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from app.domain import Encoding, TextInput
 from app.errors import BackboneError, TokenizationError
 
+_CHUNK = 1000  # texts at once: what the tokenizer itself returns is many times as large as what is kept
 _MAX_TRUNCATORS = 64  # one tokenizer a length; lengths differ only by the position offsets of live tasks
 
 
@@ -36,16 +37,21 @@ class TextTokenizer:
         self._truncators: dict[int, Tokenizer] = {}
         self._lock = threading.Lock()
 
-    def encode(self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: bool) -> list[Encoding]:
+    def encode(
+        self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: bool, has_offsets: bool = True
+    ) -> list[Encoding]:
         """Encodings of `inputs`, each of at most its limit of tokens (special tokens counted).
 
         Raises TokenizationError naming the input that is too long (unless `truncate`) or has no token to read.
         """
-        encodings = []
-        for index, found in enumerate(self.encode_each(inputs, limits, [truncate] * len(inputs))):
-            if isinstance(found, str):
-                raise TokenizationError(f"input {index} {found}")
-            encodings.append(found)
+        encodings: list[Encoding] = []
+        for start in range(0, len(inputs), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            texts = inputs[chunk]
+            for found in self.encode_each(texts, limits[chunk], [truncate] * len(texts), has_offsets):
+                if isinstance(found, str):
+                    raise TokenizationError(f"input {len(encodings)} {found}")
+                encodings.append(found)
         return encodings
 
     def encode_each(

@@ -251,7 +251,7 @@ def _refit(
     """Fit and write one head on the new version; its figures before and after, on the same rows."""
     recipe = recipe_of(head.artifact, (folder / representation,))
     kind = ProblemType(head.artifact.manifest["problem_type"])
-    tables = Tables.read(head.files, kind, recipe.seed)
+    tables = Tables.read(head.files, kind, recipe.seed, TextTokenizer(backbones[0].path))
     check_answers(head.artifact, tables)
     watcher.stage(f"head {head.task}", 0)
     learned_from = (head.artifact.manifest.get("data") or {}).get("train", {}).get("sha256")

@@ -20,7 +20,7 @@ from app.learning.terminal import Screen, add_machine_arguments, backbones, guar
 _DESCRIPTION = """Combine prefixes into a representation, in the order given. No training.
 
 It is served as an embedding under --name, and `manifold learn --prefixes DIR` fits heads on it that share its row.
-With --update one of its prefixes is replaced, and its heads are fitted again."""
+With --update one of its prefixes is replaced, and the heads named with --heads are fitted again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

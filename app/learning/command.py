@@ -103,11 +103,16 @@ def _add_training_arguments(parser: argparse.ArgumentParser, default: Recipe) ->
     for name in ("patience", "batch_size", "seed"):
         group.add_argument(_flag(name), type=int, default=getattr(default, name), metavar="N", help=_DEFAULT)
     for name in _RATES:
-        group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=_DEFAULT)
+        told = f"{_CLASS_WEIGHT_POWER}; {_DEFAULT}" if name == "class_weight_power" else _DEFAULT
+        group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=told)
 
 
 _SHIPPED_PREFIXES = Path(__file__).resolve().parents[2] / "prefixes"
 _DEFAULT = "default %(default)s"
+_CLASS_WEIGHT_POWER = (
+    "for imbalanced labels, how much more rare ones count in the loss: 0 not at all, 0.5 by the root of how rare they "
+    "are, 1 as much as frequent ones"
+)
 _RATES = (
     "learning_rate",
     "query_learning_rate",
@@ -152,8 +157,11 @@ def _run(args: argparse.Namespace) -> int:
     options = _options(args, both[0].spec)
     with Screen(Console()) as screen:
         manifest = learn(recipe_of(args), Files(args.train, args.dev, args.test), args.out, both, screen, options)
+    was_interrupted = manifest["training"]["interrupted"]
     _show(manifest, args.out)
-    if not manifest["training"]["interrupted"]:
+    if was_interrupted or not getattr(args, "publish", False):  # else whoever added --publish does it now
+        Console().print(jobs.next_step(args.out), markup=False, soft_wrap=True)
+    if not was_interrupted:
         return 0
     Console(stderr=True).print("manifold learn: interrupted, the best so far was written", soft_wrap=True)
     return 130
@@ -247,7 +255,6 @@ def _show(manifest: dict[str, Any], out: Path) -> None:
     cost = f"{manifest['cost']['passes']:.2f} passes beside tasks on the bare trunk"
     console.print(f"{manifest['task']}: {out} ({size_kb:.0f} kB, {cost})", soft_wrap=True)
     console.print(f"report: {out / REPORT}", soft_wrap=True)
-    console.print(f"make it live: manifold publish {out}", soft_wrap=True)
 
 
 def _shown(name: str, value: float | None) -> str:

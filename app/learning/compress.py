@@ -73,7 +73,8 @@ def compress(
     sizes = _sizes(artifact, tokens)
     if not tolerance >= 0:
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
-    tables = Tables.read(files, ProblemType(artifact.manifest["problem_type"]))
+    kind = ProblemType(artifact.manifest["problem_type"])
+    tables = Tables.read(files, kind, tokenizer=TextTokenizer(backbones[0].path))
     check_answers(artifact, tables)
     work = _Work(artifact, files, tables, backbones, watcher)
     watcher.stage("measuring the artifact as it is", 0)

@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -52,6 +52,7 @@ class Example:
     labels: tuple[str, ...] = ()  # single-label: one; multi-label: any number; tokens: a BIO tag for each word
     score: float = 0.0  # regression
     words: tuple[str, ...] = ()  # tokens: the file's own words; `text` joins them by spaces
+    num_tokens: int = 0  # of the whole text, special ones too; 0: not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +115,30 @@ def check_fits(table: Table, train: Table, labels: Sequence[str]) -> None:
     if table.problem_type is not train.problem_type or table.input_kind is not train.input_kind:
         raise DataError(
             f"{table.name} holds {table.problem_type} of kind {table.input_kind}, "
-            f"and {train.name} {train.problem_type} of kind {train.input_kind}"
+            f"and {train.name} {train.problem_type} of kind {train.input_kind}: give both files the same columns"
         )
     unknown = sorted({label for example in table.examples for label in example.labels} - set(labels))
     if unknown:
-        raise DataError(f"{table.name} has labels that {train.name} lacks: {', '.join(unknown[:5])}")
+        named = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
+        raise DataError(
+            f"{table.name} has labels that {train.name} lacks ({named}): correct them, "
+            f"add rows of them to {train.name}, or take theirs out of {table.name}"
+        )
+
+
+def without(table: Table, faults: Mapping[int, str]) -> Table:
+    """`table` without these rows, by index; what is wrong with each, to follow its line, joins the unreadable ones.
+
+    Raises DataError where too many cannot be read then.
+    """
+    if not faults:
+        return table
+    lines = {row: table.examples[row].line for row in faults}
+    added = [Unreadable(lines[row], f"line {lines[row]} {fault}") for row, fault in faults.items()]
+    unreadable = sorted((*table.unreadable, *added), key=lambda row: row.line)
+    examples = tuple(example for row, example in enumerate(table.examples) if row not in faults)
+    _check_share(table.name, unreadable, len(examples))
+    return replace(table, examples=examples, unreadable=tuple(unreadable))
 
 
 def read_inputs(path: Path, input_kind: InputKind) -> list[TextInput]:
@@ -187,15 +207,15 @@ def _sorted_out(
             found.append(read(line, record))
         except _UnreadableError as error:
             unreadable.append(Unreadable(line, f"line {line}{error}"))
-    _check_share(path, unreadable, len(found))
+    _check_share(path.name, unreadable, len(found))
     return found, unreadable
 
 
-def _check_share(path: Path, unreadable: Sequence[Unreadable], num_read: int) -> None:
+def _check_share(name: str, unreadable: Sequence[Unreadable], num_read: int) -> None:
     total = num_read + len(unreadable)
     if len(unreadable) > _MAX_UNREADABLE * total:
         raise DataError(
-            f"{len(unreadable)} of the {total} rows of {path.name} cannot be read, which is too many to go on; "
+            f"{len(unreadable)} of the {total} rows of {name} cannot be read, which is too many to go on; "
             f"correct the file: {unreadable[0].reason}"
         )
 
@@ -310,7 +330,10 @@ def _problem_type(path: Path, columns: Sequence[str]) -> ProblemType:
     for kind, answers in _ANSWER_COLUMNS.items():
         if answers[0] in columns:
             return kind
-    raise DataError(f"{path.name} has no column label, labels, score or tags: it has {', '.join(columns)}")
+    raise DataError(
+        f"{path.name} has no column label, labels, score or tags: it has {', '.join(columns)}; "
+        "rename the one with the answers to label (one a text), labels (several, joined by |) or score (a number)"
+    )
 
 
 def _answer_column(path: Path, columns: Sequence[str], kind: ProblemType) -> str:
@@ -318,14 +341,19 @@ def _answer_column(path: Path, columns: Sequence[str], kind: ProblemType) -> str
         if name in columns:
             return name
     wanted = " or ".join(_ANSWER_COLUMNS.get(kind, ()))
-    raise DataError(f"{path.name} has no column {wanted} for {kind}: it has {', '.join(columns)}")
+    raise DataError(
+        f"{path.name} has no column {wanted} for {kind}: it has {', '.join(columns)}; "
+        "rename the one with the answers, or change --problem-type"
+    )
 
 
 def _input_kind(path: Path, columns: Sequence[str], kind: ProblemType) -> InputKind:
     if kind is ProblemType.TOKEN:
         if "tokens" in columns:
             return InputKind.TEXT
-        raise DataError(f"{path.name} has no column tokens: it has {', '.join(columns)}")
+        raise DataError(
+            f"{path.name} has no column tokens: it has {', '.join(columns)}; rename the one with the lists of words"
+        )
     return _text_kind(path, columns)
 
 
@@ -334,7 +362,10 @@ def _text_kind(path: Path, columns: Sequence[str]) -> InputKind:
         return InputKind.TEXT
     if "text_a" in columns and "text_b" in columns:
         return InputKind.PAIR
-    raise DataError(f"{path.name} has no column text, nor text_a and text_b: it has {', '.join(columns)}")
+    raise DataError(
+        f"{path.name} has no column text, nor text_a and text_b: it has {', '.join(columns)}; "
+        "rename the one with the texts to text, or of pairs the two to text_a and text_b"
+    )
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

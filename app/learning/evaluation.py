@@ -65,10 +65,15 @@ def score(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, table: T
 def answers_to(
     engine: Engine, tokenizer: TextTokenizer, artifact: Artifact, texts: list[TextInput]
 ) -> tuple[tuple[TaskOutput, ...], tuple[Encoding, ...]]:
-    """An output and an encoding for each text. Raises EngineError where one fails."""
+    """An output and an encoding (with offsets where tokens are tagged) for each text.
+
+    Raises EngineError where one fails.
+    """
     engine.load(artifact)
-    limit = token_limit(engine.spec, [artifact.version(0)])
-    encodings = tokenizer.encode(texts, [limit] * len(texts), truncate=True)
+    version = artifact.version(0)
+    limits = [token_limit(engine.spec, [version])] * len(texts)
+    is_token = version.problem_type is ProblemType.TOKEN
+    encodings = tokenizer.encode(texts, limits, truncate=True, has_offsets=is_token)
     order = sorted(range(len(texts)), key=lambda row: len(encodings[row]))  # little padding
     found: dict[int, TaskOutput] = {}
     for start in range(0, len(texts), _CHUNK):

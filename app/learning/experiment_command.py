@@ -122,6 +122,9 @@ def _run(args: argparse.Namespace) -> int:
     backbone = backbones(args)[0]
     results = Results(args.out.parent / "results.jsonl", header(plan, sets, backbone.spec), args.resume)
     console = Console()
+    if results.kept is not None:
+        line = f"note: the earlier results are kept in {results.kept}; --resume would have gone on from them"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     with _Screen(console, plan, results) as screen:
         ledger = Told(results, screen.finished)
         try:

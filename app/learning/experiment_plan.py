@@ -6,9 +6,13 @@ After Huang et al. 2023 (arXiv 2305.13499). Knows nothing of how a number is fou
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -213,18 +217,41 @@ class Results:
         """Without `resume` the file begins anew. Raises SettingsError where it holds results of something else."""
         self._path = path
         self.found: dict[Cell, Outcome] = {}
+        self.kept: Path | None = None  # where the results are that the file had before
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file() and not resume:
+                self.kept = self._put_aside()
         if resume and path.is_file():
             self._read(header)
-        self._write("w", header)
-        for cell, outcome in self.found.items():
-            self._append(cell, outcome)
+        with self._writing():
+            self._begin(header)
 
     def add(self, cell: Cell, outcome: Outcome) -> None:
-        self._append(cell, outcome)
+        with self._writing(), self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(_written(cell, outcome)))
         self.found[cell] = outcome
 
-    def _append(self, cell: Cell, outcome: Outcome) -> None:
-        self._write("a", {"cell": asdict(cell), "outcome": asdict(outcome)})
+    def _put_aside(self) -> Path | None:
+        """Results took hours: they outlive a forgotten --resume. None where the file has none."""
+        with self._path.open("rb") as file:
+            if len(list(islice(file, 2))) < 2:
+                return None
+        kept = self._path.with_name(f"{self._path.name}.old")
+        os.replace(self._path, kept)
+        return kept
+
+    def _begin(self, header: Mapping[str, Any]) -> None:
+        """In one step: the file is the old one or holds all that is known, whenever the process ends."""
+        draft = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}")
+        try:
+            with draft.open("x", encoding="utf-8") as file:
+                file.writelines(map(_line, (header, *(_written(*pair) for pair in self.found.items()))))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, self._path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _read(self, header: Mapping[str, Any]) -> None:
         lines = self._path.read_text("utf-8").splitlines()
@@ -236,11 +263,10 @@ class Results:
             cell = record["cell"]
             self.found[Cell(**cell | {"part": Part(cell["part"])})] = Outcome(**record["outcome"])
 
-    def _write(self, mode: str, record: Mapping[str, Any]) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            yield
         except OSError as error:
             raise SettingsError(f"{self._path} cannot be written: {error.strerror}") from error
 
@@ -259,6 +285,14 @@ class Told:
     def add(self, cell: Cell, outcome: Outcome) -> None:
         self.kept.add(cell, outcome)
         self.tell(cell, outcome)
+
+
+def _written(cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    return {"cell": asdict(cell), "outcome": asdict(outcome)}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _record(line: str) -> dict[str, Any] | None:

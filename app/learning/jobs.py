@@ -10,6 +10,7 @@ import asyncio
 import difflib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -95,6 +96,11 @@ class Job:
     @property
     def log(self) -> Path:
         return self.out.with_name(f"{self.out.name}.log")
+
+
+def next_step(out: Path) -> str:
+    """What comes behind learning."""
+    return f"publish it as a candidate: manifold publish {shlex.quote(str(out))}"
 
 
 def read_jobs(config: Path, parser: argparse.ArgumentParser) -> list[Job]:
@@ -413,7 +419,9 @@ def _show(runs: Sequence[_Run], console: Console) -> None:
         table.add_row(Text(run.job.name), run.state, *_figures(run), f"{run.seconds:.1f}")
     console.print(table)
     for run in runs:
-        if run.state not in (_State.DONE, _State.WAITING):
+        if run.state is _State.DONE:
+            _print(console, f"{run.job.name}: {next_step(run.job.out)}")
+        elif run.state is not _State.WAITING:
             reason = (run.last_error or run.last_line).removeprefix("manifold learn: ")
             _print(console, f"{run.job.name} {run.state}: {reason} (see {run.job.log})")
 

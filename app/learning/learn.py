@@ -5,8 +5,9 @@ Knows the order of things; each step is another module's. Draws nothing: it repo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from app.learning import evaluation, reporting, writer
 from app.learning.baselines import Baseline
 from app.learning.calibration import fit_temperature
 from app.learning.compose import compose
-from app.learning.data import read_inputs
+from app.learning.data import Table, read_inputs
 from app.learning.evaluation import Scored
 from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
+from app.learning.prepare import cache_plan, limit_tokens, num_truncated, read_frozen, told_of_truncated
 from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
 from app.learning.search import Arrangement, Candidate, Found, Point, candidates, passes_of, refinements, search
@@ -58,6 +60,18 @@ class Options:
     command: str = ""  # as it was typed, for the report
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of train and dev: (how many, of how many)."""
+
+    train: tuple[int, int]
+    dev: tuple[int, int]
+
+    def __str__(self) -> str:
+        parts = (f"{rows:,} of {total:,} rows of {name}" for name, (rows, total) in asdict(self).items())
+        return f"a sample: {' and '.join(parts)}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     """A fitted task with what is needed to write it."""
@@ -69,6 +83,8 @@ class Learned:
     temperature: float
     found: Found | None  # the search that chose it
     was_interrupted: bool  # by the user; this is the best until then
+    sample: Sample | None = None  # that the search ran on; None: on all rows
+    seconds: float = 0.0  # of the frozen layers' passes and all fits
 
     @property
     def recipe(self) -> Recipe:
@@ -77,6 +93,11 @@ class Learned:
     @property
     def tables(self) -> Tables:
         return self.study.tables
+
+    @property
+    def limit_tokens(self) -> int:
+        """Of a text; what is longer is read in part."""
+        return self.study.backbone.spec.max_tokens - self.fitted.position_offset
 
 
 def learn(
@@ -96,15 +117,19 @@ def learn(
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
     writer.check_out(out.absolute())
     backbone, exact = backbones
-    tables = Tables.read(files, options.problem_type, recipe.seed)
-    study = Study(tables, backbone, TextTokenizer(backbone.path), watcher)
+    tokenizer = TextTokenizer(backbone.path)
+    tables = Tables.read(files, options.problem_type, recipe.seed, tokenizer)
+    study = Study(tables, backbone, tokenizer, watcher)
     golden = read_inputs(options.golden, tables.train.input_kind) if options.golden is not None else []
-    noticed = findings(tables.named)
+    noticed = findings(tables.named, tables.whole)
     watcher.notice(noticed.sentences())
     study.completed(recipe)  # what cannot work is told before anything is tried
-    _check_readable(study, golden, options.golden)
+    limit = limit_tokens(backbone.spec, cache_plan(recipe, read_frozen(recipe, backbone.spec)))
+    watcher.notice(told_of_truncated(tables.named.values(), limit))
+    _check_readable(tokenizer, golden, options.golden, backbone.spec)
     if options.raise_epochs:
         recipe = with_enough_steps(recipe, len(tables.train.examples))
+    began = time.perf_counter()
     if options.arrangements or options.compose:
         learned = _choose(recipe, study, options)
     else:
@@ -112,25 +137,31 @@ def learn(
         study.prepare([completed])  # and no more: what baselines read comes when the task is there
         watcher.stage("training", recipe.epochs)
         learned = _finish(study, study.fit(completed))
+    learned = replace(learned, seconds=time.perf_counter() - began)
     baselines: dict[str, Baseline] = {}
     if (options.baselines or options.finetuning) and not learned.was_interrupted:
-        try:
-            baselines = reporting.baselines(study, recipe, options.baselines, options.finetuning)
-        except KeyboardInterrupt:
-            learned = replace(learned, was_interrupted=True)
-    with writer.new_folder(out) as folder:
-        manifest, scored = _write(folder, learned, exact, watcher, baselines, golden)
-        reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
-    return manifest
+        baselines, was_interrupted = reporting.baselines(study, recipe, options.baselines, options.finetuning)
+        learned = replace(learned, was_interrupted=was_interrupted)
 
+    def write(learned: Learned, measured: Mapping[str, Table]) -> dict[str, Any]:
+        with writer.new_folder(out) as folder:
+            manifest, scored = _write(folder, learned, exact, watcher, measured, baselines, golden)
+            reporting.write(folder, manifest, _story(folder, learned, scored, noticed.sentences(), options))
+        return manifest
 
-def _check_readable(study: Study, golden: list[TextInput], name: Path | None) -> None:
-    """Raise DataError for a text that the model cannot read, before anything is trained."""
-    for table in study.tables.named:
-        study.texts(table)
-    limit = study.backbone.spec.max_tokens
     try:
-        study.tokenizer.encode(golden, [limit] * len(golden), truncate=True)
+        return write(learned, {name: table for name, table in tables.named.items() if name != "train"})
+    except KeyboardInterrupt:
+        watcher.notice(
+            ["interrupted: the task is written with the figures of dev alone; another interrupt abandons it"]
+        )
+    return write(replace(learned, was_interrupted=True), {"dev": tables.dev})
+
+
+def _check_readable(tokenizer: TextTokenizer, golden: list[TextInput], name: Path | None, spec: BackboneSpec) -> None:
+    """Raise DataError for a golden input that the model cannot read, before anything is trained."""
+    try:
+        tokenizer.encode(golden, [spec.max_tokens] * len(golden), truncate=True)
     except TokenizationError as error:
         raise DataError(f"{name}: {error}") from error
 
@@ -140,12 +171,25 @@ def _choose(recipe: Recipe, study: Study, options: Options) -> Learned:
 
     A user's interrupt ends all of it, with the best that is there.
     """
-    tables, watcher = study.tables, study.watcher
-    part = study
-    if len(tables.train.examples) > _SEARCH_ROWS or len(tables.dev.examples) > _SEARCH_DEV_ROWS:
-        train = subsample(tables.train, _SEARCH_ROWS, recipe.seed)
-        dev = subsample(tables.dev, _SEARCH_DEV_ROWS, recipe.seed)
-        part = Study(replace(tables, train=train, dev=dev), study.backbone, study.tokenizer, watcher)
+    part, sample = _sampled(study, recipe.seed)
+    if sample is not None:
+        study.watcher.notice([f"the search runs on {sample}; what it chooses is then trained on all of them"])
+    return replace(_searched(recipe, study, part, options), sample=sample)
+
+
+def _sampled(study: Study, seed: int) -> tuple[Study, Sample | None]:
+    """What the search runs on: the study itself where it is small enough."""
+    tables = study.tables
+    num_train, num_dev = len(tables.train.examples), len(tables.dev.examples)
+    if num_train <= _SEARCH_ROWS and num_dev <= _SEARCH_DEV_ROWS:
+        return study, None
+    train, dev = subsample(tables.train, _SEARCH_ROWS, seed), subsample(tables.dev, _SEARCH_DEV_ROWS, seed)
+    part = Study(replace(tables, train=train, dev=dev), study.backbone, study.tokenizer, study.watcher)
+    return part, Sample((len(train.examples), num_train), (len(dev.examples), num_dev))
+
+
+def _searched(recipe: Recipe, study: Study, part: Study, options: Options) -> Learned:
+    watcher = study.watcher
     if options.compose:
         watcher.stage("compositions", 0)
         found = compose(part, recipe, options.pool, options.tolerance, watcher.candidate)
@@ -196,13 +240,21 @@ def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned
     """The model's tensors as they are stored: calibrated, in the data's own units, prefixes beside them."""
     kind = study.tables.problem_type
     tensors = fitted.model.tensors()
-    temperature = fit_temperature(kind, *study.logits(fitted, "dev"))
+    temperature, was_interrupted = _calibrated(study, fitted)
     _scale_logits(tensors, fitted.recipe, 1 / temperature)
     if kind is ProblemType.REGRESSION:
         _fold(tensors, fitted.recipe, study.scaling)
     prefixes = _add_prefixes(tensors, fitted)
-    was_interrupted = fitted.was_interrupted or (found is not None and found.was_interrupted)
+    was_interrupted |= fitted.was_interrupted or (found is not None and found.was_interrupted)
     return Learned(study, fitted, tensors, prefixes, temperature, found, was_interrupted)
+
+
+def _calibrated(study: Study, fitted: Fitted) -> tuple[float, bool]:
+    """The temperature, and whether the user interrupted it: seconds of work, which a first interrupt begins anew."""
+    try:
+        return fit_temperature(study.tables.problem_type, *study.logits(fitted, "dev")), False
+    except KeyboardInterrupt:
+        return fit_temperature(study.tables.problem_type, *study.logits(fitted, "dev")), True
 
 
 def _scale_logits(tensors: dict[str, Tensor], recipe: Recipe, factor: float) -> None:
@@ -248,14 +300,17 @@ def _write(
     learned: Learned,
     exact: Backbone,
     watcher: Watcher,
+    measured: Mapping[str, Table],
     baselines: Mapping[str, Baseline],
     golden: list[TextInput],
 ) -> tuple[dict[str, Any], dict[str, Scored]]:
-    """Write the artifact with what the engine measures of it. Returns the manifest, and what dev and test got."""
+    """Write the artifact with what the engine measures of it on `measured`: dev, and test where it is wanted.
+
+    Returns the manifest, and what these tables got.
+    """
     tables, scored = learned.tables, dict[str, Scored]()
 
     def measure(engine: Engine, tokenizer: TextTokenizer, artifact: Artifact) -> dict[str, Any]:
-        measured = {name: table for name, table in tables.named.items() if name != "train"}
         watcher.stage("measuring", sum(len(table.examples) for table in measured.values()))
         for name, table in measured.items():
             scored[name] = evaluation.score(engine, tokenizer, artifact, table)
@@ -289,9 +344,11 @@ def _story(
         fitted=learned.fitted,
         found=learned.found,
         scored=scored,
-        findings=noticed,
+        findings=[*noticed, *told_of_truncated(learned.tables.named.values(), learned.limit_tokens)],
         command=options.command,
         tolerance=options.tolerance,
+        sample="" if learned.sample is None else f"The search ran on {learned.sample}.",
+        training_s=learned.seconds,
         size_bytes=sum(file.stat().st_size for file in folder.iterdir()),
     )
 
@@ -335,8 +392,14 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
             "interrupted": learned.was_interrupted,
         },
         "search": [] if learned.found is None else [_point(point) for point in learned.found.points],
+        "search_sample": {} if learned.sample is None else {n: rows for n, (rows, _) in asdict(learned.sample).items()},
         "data": {
-            name: {"file": table.name, "sha256": table.sha256, "rows": len(table.examples)}
+            name: {
+                "file": table.name,
+                "sha256": table.sha256,
+                "rows": len(table.examples),
+                "truncated": num_truncated(table, learned.limit_tokens),
+            }
             for name, table in tables.named.items()
         },
     }

@@ -205,10 +205,11 @@ def read_tasks(
     left_out = sorted(set(live) - set(names))
     if left_out:
         watcher.notice([f"live tasks that take no part stay as they are: {', '.join(left_out)}"])
-    tasks = [_read_task(member, exact.spec) for member in members]
-    for task in tasks:
-        watcher.notice([f"{task.name}: {sentence}" for sentence in findings(task.tables.named).sentences()])
     tokenizer = TextTokenizer(exact.path)
+    tasks = [_read_task(member, exact.spec, tokenizer) for member in members]
+    for task in tasks:
+        noticed = findings(task.tables.named, task.tables.whole)
+        watcher.notice([f"{task.name}: {sentence}" for sentence in noticed.sentences()])
     watcher.stage("live tasks", len(tasks))
     with evaluation.running(exact) as engine:
         for task in tasks:
@@ -218,11 +219,11 @@ def read_tasks(
     return tasks
 
 
-def _read_task(member: Member, spec: BackboneSpec) -> Task:
+def _read_task(member: Member, spec: BackboneSpec, tokenizer: TextTokenizer) -> Task:
     """Raises SettingsError too: better now than behind hours of other tasks' fits."""
     seed = member.recipe.seed
     try:
-        tables = Tables.read(member.files, member.problem_type, seed)
+        tables = Tables.read(member.files, member.problem_type, seed, tokenizer)
     except DataError as error:
         raise DataError(f"{member.recipe.task}: {error}") from error
     train, dev = subsample(tables.train, _SEARCH_ROWS, seed), subsample(tables.dev, _SEARCH_DEV_ROWS, seed)

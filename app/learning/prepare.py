@@ -5,21 +5,25 @@ Knows tokenizer, backbone and artifacts of other tasks; trains nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from app.domain import BackboneSpec, Encoding, TextInput
+from app.domain import BackboneSpec, Encoding, ProblemType, TextInput
 from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError, TokenizationError
 from app.learning.cache import CachePlan, StateCache
-from app.learning.data import Table
+from app.learning.data import Example, Table, without
 from app.learning.model import position_offset
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix, recorded_keys_values, run_layers
+
+_CHUNK = 1000  # texts tokenized at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,11 +56,49 @@ def cache_plan(recipe: Recipe, frozen: Frozen) -> CachePlan:
     return CachePlan(recipe.read_layers, prefixes=frozen.prefixes, position_offset=offset)
 
 
+def tokenized(tokenizer: TextTokenizer, table: Table) -> Table:
+    """`table` with the lengths of its texts, without rows that hold nothing to read: they join the unreadable ones.
+
+    Raises DataError where they are too many.
+    """
+    faults: dict[int, str] = {}
+    examples: list[Example] = []
+    for start in range(0, len(table.examples), _CHUNK):
+        chunk = table.examples[start : start + _CHUNK]
+        texts, limits = [example.text for example in chunk], [sys.maxsize] * len(chunk)
+        for example, found in zip(
+            chunk, tokenizer.encode_each(texts, limits, [False] * len(chunk), has_offsets=False), strict=True
+        ):
+            if isinstance(found, str):
+                faults[len(examples)] = found
+            examples.append(example if isinstance(found, str) else replace(example, num_tokens=len(found)))
+    return without(replace(table, examples=tuple(examples)), faults)
+
+
+def num_truncated(table: Table, limit: int) -> int:
+    return sum(example.num_tokens > limit for example in table.examples)
+
+
+def told_of_truncated(tables: Iterable[Table], limit: int) -> list[str]:
+    """A sentence where texts are longer than `limit` tokens."""
+    counts = [(num_truncated(table, limit), table) for table in tables]
+    parts = [f"{count} of {len(table.examples)} texts of {table.name}" for count, table in counts if count]
+    if not parts:
+        return []
+    return [
+        f"{', '.join(parts)} are longer than {limit} tokens: only their beginning is read; "
+        'the service answers 422 for such texts unless a request says "truncate": true'
+    ]
+
+
 def encode(tokenizer: TextTokenizer, table: Table, limit: int) -> list[Encoding]:
-    """Encodings cut at `limit` tokens. Raises DataError naming the row that has nothing to read."""
-    texts = table.texts
+    """Encodings cut at `limit` tokens. Raises DataError naming the row that has nothing to read.
+
+    Offsets and word ids, which are most of an encoding's memory, are there only where tokens are tagged.
+    """
+    texts, is_token = table.texts, table.problem_type is ProblemType.TOKEN
     try:
-        return tokenizer.encode(texts, [limit] * len(texts), truncate=True)
+        return tokenizer.encode(texts, [limit] * len(texts), truncate=True, has_offsets=is_token)
     except TokenizationError:
         line = next(e.line for e in table.examples if not _readable(tokenizer, e.text, limit))
         raise DataError(f"{table.name}, line {line} has nothing that the model can read") from None

@@ -117,17 +117,17 @@ def _faults(recipe: Recipe, is_token: bool, spec: BackboneSpec) -> list[str]:
 
 
 def _number_faults(recipe: Recipe) -> list[str]:
-    checks = {
-        "--epochs": recipe.epochs >= 1,
-        "--batch-size": recipe.batch_size >= 1,
-        "--num-queries": recipe.num_queries is not None and recipe.num_queries >= 1,
-        "--hidden": recipe.hidden is not None and recipe.hidden >= 0,
-        "--learning-rate": recipe.learning_rate > 0,
-        "--query-learning-rate": recipe.query_learning_rate > 0,
-        "--prefix-learning-rate": recipe.prefix_learning_rate > 0,
-        "--weight-decay": recipe.weight_decay >= 0,
-        "--dropout": 0 <= recipe.dropout < 1,
-        "--patience": recipe.patience >= 0,
-        "--class-weight-power": 0 <= recipe.class_weight_power <= 1,
+    checks = {  # option → (its range, whether the recipe is in it)
+        "--epochs": ("1 or more", recipe.epochs >= 1),
+        "--batch-size": ("1 or more", recipe.batch_size >= 1),
+        "--num-queries": ("1 or more", recipe.num_queries is not None and recipe.num_queries >= 1),
+        "--hidden": ("0 or more", recipe.hidden is not None and recipe.hidden >= 0),
+        "--learning-rate": ("more than 0", recipe.learning_rate > 0),
+        "--query-learning-rate": ("more than 0", recipe.query_learning_rate > 0),
+        "--prefix-learning-rate": ("more than 0", recipe.prefix_learning_rate > 0),
+        "--weight-decay": ("0 or more", recipe.weight_decay >= 0),
+        "--dropout": ("0 or more and less than 1", 0 <= recipe.dropout < 1),
+        "--patience": ("0 or more", recipe.patience >= 0),
+        "--class-weight-power": ("0 to 1", 0 <= recipe.class_weight_power <= 1),
     }
-    return [f"{name} is out of range" for name, good in checks.items() if not good]
+    return [f"{name} is out of range: give {limits}" for name, (limits, good) in checks.items() if not good]

@@ -5,13 +5,15 @@ Knows what was learned and measured; draws nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from app.domain import ProblemType, ReadoutKind
@@ -42,25 +44,45 @@ class Story:
     findings: Sequence[str]
     command: str
     tolerance: float
+    sample: str  # a sentence where the search ran on a part of the rows
+    training_s: float  # the frozen layers' passes and all fits
     size_bytes: int
 
 
 def baselines(
     study: Study, recipe: Recipe, with_cheap: bool, finetuning: FinetuneSettings | None
-) -> dict[str, Baseline]:
+) -> tuple[dict[str, Baseline], bool]:
     """What a user has without a prefix or a readout: figures on dev and test, by name. As many epochs as `recipe`.
 
-    `finetuning`: how the ceiling is trained; None: it is left out.
+    `finetuning`: how the ceiling is trained; None: it is left out. What fails is told and left out, whatever it is: the
+    task is trained by then. Also whether the user interrupted them, which leaves those that were finished.
     """
-    tables = study.tables
     study.watcher.stage("baselines", 0)
     found: dict[str, Baseline] = {}
+    for name, work in _baselines(study, recipe, with_cheap, finetuning).items():
+        try:
+            found[name] = work()
+        except KeyboardInterrupt:
+            return found, True
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            study.watcher.notice([f"the baseline {name} failed and is left out: {type(error).__name__}: {reason}"])
+        if study.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()  # what one that ran out of memory held
+    return found, False
+
+
+def _baselines(
+    study: Study, recipe: Recipe, with_cheap: bool, finetuning: FinetuneSettings | None
+) -> dict[str, Callable[[], Baseline]]:
+    tables = study.tables
+    works: dict[str, Callable[[], Baseline]] = {}
     if with_cheap:
-        found = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
-        found[LINEAR] = _linear(study, recipe)
+        works = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
+        works[LINEAR] = partial(_linear, study, recipe)
     if finetuning is not None:
-        found[CEILING] = _full(study, finetuning)
-    return found
+        works[CEILING] = partial(_full, study, finetuning)
+    return works
 
 
 def write(folder: Path, manifest: Mapping[str, Any], story: Story) -> None:
@@ -168,10 +190,11 @@ def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
         "labels": manifest["labels"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.settings() | {"prefixes": [path.name for path in recipe.prefixes]},
-        "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": _seconds(story)},
+        "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": story.training_s},
         "figures": _measured_sets(manifest),
         "measure": manifest["evaluation"]["measure"],
         "candidates": [] if story.found is None else [_point(point) for point in story.found.points],
+        "sample": story.sample,
         "tolerance": story.tolerance,
         "baselines": manifest["baselines"],
         "epochs": [{"number": e.number, "loss": e.loss, "dev": e.dev} for e in story.fitted.epochs],
@@ -194,15 +217,6 @@ def _answers(manifest: Mapping[str, Any], scored: Mapping[str, Scored]) -> dict[
         "details": {"split": split} | evaluation.details(scored[split], labels, thresholds),
         "mistakes": _mistakes(scored[split], labels, thresholds),
     }
-
-
-def _seconds(story: Story) -> float:
-    """Of all fits: the search's, and the last one where it was not among them."""
-    found = story.found
-    if found is None:
-        return story.fitted.seconds
-    last = 0.0 if found.fitted is story.fitted else story.fitted.seconds
-    return last + sum(point.seconds for point in found.points)
 
 
 def _point(point: Any) -> dict[str, Any]:

@@ -157,8 +157,9 @@ class Findings:
 
     files: dict[str, str]
     rows: dict[str, int]
-    overlaps: dict[str, Overlap]  # not of train
-    contradictions: Contradictions  # in train
+    overlaps: dict[str, Overlap]  # with train's file; not of train
+    in_dev: Overlap  # of test with a dev file
+    contradictions: Contradictions  # in train's file
     unseen: dict[str, int]  # how many of train's labels a table lacks; not of train
     unreadable: dict[str, LeftOut]
     label_counts: dict[str, dict[str, int]]
@@ -176,13 +177,9 @@ class Findings:
                     f"{left_out.count} rows of {self.files[name]} cannot be read and are left out "
                     f"(the first: {left_out.reasons[0]}): correct or delete them"
                 )
-        for name, overlap in self.overlaps.items():
-            if overlap.count:
-                found.append(
-                    f"{overlap.count} of {self.rows[name]} texts of {self.files[name]} also stand in "
-                    f"{self.files['train']} ({_listed(overlap.lines, overlap.count)}): the {name} figures flatter; "
-                    "take them out of one of the two"
-                )
+        found += [self._overlapping(name, "train", overlap) for name, overlap in self.overlaps.items() if overlap.count]
+        if self.in_dev.count:
+            found.append(self._overlapping("test", "dev", self.in_dev))
         if self.contradictions.count:
             first, second = self.contradictions.lines[0]
             found.append(
@@ -191,18 +188,31 @@ class Findings:
             )
         return found
 
+    def _overlapping(self, name: str, other: str, overlap: Overlap) -> str:
+        return (
+            f"{overlap.count} of {self.rows[name]} texts of {self.files[name]} also stand in "
+            f"{self.files[other]} ({_listed(overlap.lines, overlap.count)}): the {name} figures flatter; "
+            "take them out of one of the two"
+        )
 
-def findings(tables: Mapping[str, Table]) -> Findings:
-    """Of the tables of one run by their names: train, and dev and test where there are any."""
-    train = tables["train"]
+
+def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Findings:
+    """Of the tables of one run by their names: train, and dev and test where there are any.
+
+    `whole`: train's file, where dev was split off from it. What test shares with dev it shares with that file then.
+    """
+    train = whole or tables["train"]
     others = {name: table for name, table in tables.items() if name != "train"}
+    compared = others if whole is None else {name: table for name, table in others.items() if name != "dev"}
     groups = _same_texts(train.examples)
     known = {_identity(train.examples[group[0]].text) for group in groups}
+    in_dev = {_identity(text) for text in compared["dev"].texts} if {"dev", "test"} <= compared.keys() else set()
     counts = {name: _label_counts(table) for name, table in tables.items()}
     return Findings(
         files={name: table.name for name, table in tables.items()},
         rows={name: len(table.examples) for name, table in tables.items()},
-        overlaps={name: _overlap(table, known) for name, table in others.items()},
+        overlaps={name: _overlap(table, known) for name, table in compared.items()},
+        in_dev=_overlap(compared["test"], in_dev) if in_dev else Overlap(0, ()),
         contradictions=_contradictions(train.examples, groups),
         unseen={name: len(counts["train"].keys() - counts[name].keys()) for name in others},
         unreadable={name: _left_out(table) for name, table in tables.items()},

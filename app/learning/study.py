@@ -23,7 +23,7 @@ from app.learning.alignment import tags_of_words, word_starts
 from app.learning.cache import CachePlan, StateCache, build_cache
 from app.learning.data import OUTSIDE, Table, check_fits, label_names, read_table
 from app.learning.model import TaskModel
-from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen
+from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen, tokenized
 from app.learning.problems import IGNORED, MEASURES, Scaling, num_outputs, targets_of
 from app.learning.recipe import Recipe
 from app.learning.splits import split_off_dev
@@ -79,20 +79,29 @@ class Tables:
     dev: Table
     test: Table | None
     labels: tuple[str, ...]
+    whole: Table | None = None  # train's file, where dev was split off from it
 
     @classmethod
-    def read(cls, files: Files, problem_type: ProblemType | None, seed: int = 0) -> Tables:
-        train = read_table(files.train, problem_type)
+    def read(
+        cls, files: Files, problem_type: ProblemType | None, seed: int = 0, tokenizer: TextTokenizer | None = None
+    ) -> Tables:
+        """Rows in which `tokenizer`, where it is given, finds nothing to read count as unreadable."""
+
+        def read(path: Path) -> Table:
+            table = read_table(path, problem_type)
+            return table if tokenizer is None else tokenized(tokenizer, table)
+
+        train = read(files.train)
         labels = label_names(train)
-        given = None if files.dev is None else read_table(files.dev, problem_type)
-        test = None if files.test is None else read_table(files.test, problem_type)
+        given = None if files.dev is None else read(files.dev)
+        test = None if files.test is None else read(files.test)
         for table in (given, test):
             if table is not None:
                 check_fits(table, train, labels)
         if given is not None:
             return cls(train, given, test, labels)
-        train, dev = split_off_dev(train, seed=seed)
-        return cls(train, dev, test, labels)
+        rest, dev = split_off_dev(train, seed=seed)
+        return cls(rest, dev, test, labels, train)
 
     @property
     def problem_type(self) -> ProblemType:
@@ -275,8 +284,6 @@ class Study:
                 raise DataError(f"there is no {name} file")
             encodings = encode(self.tokenizer, table, limit_tokens(self.backbone.spec, plan))
             view.targets[name] = targets_of(table, self.tables.labels, encodings, self.scaling)
-            if table.problem_type is not ProblemType.TOKEN:  # offsets and words are most of an encoding's memory
-                encodings = [Encoding(e.input_ids, e.token_type_ids) for e in encodings]
             view.encodings[name] = encodings
         return view.encodings[name]
 

@@ -5,6 +5,7 @@ Knows formats and folders; trains and judges nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -46,7 +47,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         draft.chmod(0o755)
         _replace(draft, out)
     except OSError as error:
-        raise DataError(f"the artifact cannot be written to {out.parent}: {error.strerror}") from error
+        advice = "make room there, or name another folder" if error.errno == errno.ENOSPC else "name another folder"
+        reason = error.strerror or error
+        raise DataError(f"the artifact cannot be written to {out.parent}: {reason}; {advice} with --out") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

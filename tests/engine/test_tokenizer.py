@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,22 @@ def test_truncation_keeps_the_beginning_and_says_so(tokenizer: TextTokenizer) ->
     short, long = tokenizer.encode([TextInput("short"), TextInput("word " * 100)], [50, 20], True)
     assert (len(short), short.truncated) == (3, False)
     assert (len(long), long.truncated) == (20, True)
+
+
+def test_many_texts_are_encoded_some_at_a_time(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_each, sizes = tokenizer.encode_each, list[int]()
+
+    def counted(inputs: Sequence[TextInput], *rest: Any) -> list[Encoding | str]:
+        sizes.append(len(inputs))
+        return encode_each(inputs, *rest)
+
+    monkeypatch.setattr(tokenizer, "encode_each", counted)
+    texts = [TextInput("word " * (number % 7 + 1)) for number in range(2500)]
+    lengths = [len(encoding) for encoding in tokenizer.encode(texts, [20] * 2500, False)]
+    assert lengths == [number % 7 + 3 for number in range(2500)]
+    assert sum(sizes) == 2500 and max(sizes) <= 1000
+    with pytest.raises(TokenizationError, match="input 1500 has nothing"):
+        tokenizer.encode([*texts[:1500], TextInput("\x00")], [20] * 1501, False)
 
 
 def test_each_input_has_its_own_limit(tokenizer: TextTokenizer) -> None:

@@ -36,6 +36,28 @@ def test_it_prints_epochs_and_figures(arguments: list[str], tmp_path: Path, caps
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
+def test_it_says_how_to_publish_where_that_is_not_done_anyway(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments += ["--candidates", "trunk", "--no-baselines"]
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"publish it as a candidate: manifold publish {tmp_path / 'out'}\n" in shown and "live" not in shown
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(argparse.Namespace(**vars(parser.parse_args(arguments)), publish=True)) == 0
+    assert "manifold publish" not in capsys.readouterr().out
+
+
+def test_the_help_says_what_class_weights_are_for() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    told = " ".join(parser.format_help().split())
+    assert (
+        "--class-weight-power X for imbalanced labels, how much more rare ones count in the loss: 0 not at all" in told
+    )
+
+
 def test_what_is_wrong_is_one_sentence_on_stderr(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments, "--train", "nowhere.tsv") == 1
     assert capsys.readouterr().err == "manifold learn: nowhere.tsv cannot be read: No such file or directory\n"

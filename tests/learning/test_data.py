@@ -63,8 +63,21 @@ def test_bio_labels_have_both_sides_of_each_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("train.tsv", "txt\tlabel\na\tb\n", "no column text, nor text_a and text_b: it has txt, label"),
-        ("train.tsv", "text\tclass\na\tb\n", "no column label, labels, score or tags: it has text, class"),
+        (
+            "train.tsv",
+            "txt\tlabel\na\tb\n",
+            "no column text, nor text_a and text_b: it has txt, label; rename the one with the texts to text, or",
+        ),
+        (
+            "train.tsv",
+            "text\tclass\na\tb\n",
+            "no column label, labels, score or tags: it has text, class; rename the one with the answers to label",
+        ),
+        (
+            "train.jsonl",
+            '{"text": "a", "tags": ["O"]}',
+            "no column tokens: it has text, tags; rename the one with the lists of words",
+        ),
         ("train.tsv", "text\tlabel\n", "train.tsv has no rows"),
         ("train.tsv", "", "train.tsv has no rows"),
         ("train.jsonl", "\n \n", "train.jsonl has no rows"),
@@ -184,12 +197,21 @@ def test_only_outside_tags(tmp_path: Path) -> None:
 def test_labels_that_train_lacks(tmp_path: Path) -> None:
     train = table(tmp_path, "text\tlabel\na\tx\nb\ty\n")
     dev = table(tmp_path, "text\tlabel\na\tz\n", "dev.tsv")
-    with pytest.raises(DataError, match=r"dev\.tsv has labels that train\.tsv lacks: z"):
+    with pytest.raises(DataError) as raised:
         check_fits(dev, train, label_names(train))
+    assert str(raised.value) == (
+        "dev.tsv has labels that train.tsv lacks (z): correct them, add rows of them to train.tsv, or take theirs out "
+        "of dev.tsv"
+    )
+
+
+def test_a_problem_type_without_its_column(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no column tags for .*; rename the one with the answers, or change --problem"):
+        table(tmp_path, "text\tlabel\na\tx\n", problem_type=ProblemType.TOKEN)
 
 
 def test_tables_of_different_kinds(tmp_path: Path) -> None:
     train = table(tmp_path, "text\tlabel\na\tx\nb\ty\n")
     dev = table(tmp_path, "text_a\ttext_b\tlabel\na\tb\tx\n", "dev.tsv")
-    with pytest.raises(DataError, match="of kind pair"):
+    with pytest.raises(DataError, match="of kind pair, and .*: give both files the same columns"):
         check_fits(dev, train, label_names(train))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import random
 from collections.abc import Callable
@@ -230,6 +231,35 @@ def test_half_a_line_is_left_out(finished: tuple[Run, Results], tmp_path: Path) 
     assert len(path.read_text().splitlines()) == 1 + len(results.found)
 
 
+def test_earlier_results_are_kept_when_a_run_begins_anew(finished: tuple[Run, Results], tmp_path: Path) -> None:
+    run, results = finished
+    text = (run.folder / "results.jsonl").read_text()
+    path, old, header = tmp_path / "results.jsonl", tmp_path / "results.jsonl.old", json.loads(text.splitlines()[0])
+    path.write_text(text)
+    anew = Results(path, header, resume=False)
+    assert anew.kept == old and old.read_text() == text
+    assert anew.found == {} and path.read_text() == text.splitlines()[0] + "\n"
+    again = Results(path, header, resume=False)  # nothing was found in between
+    assert again.kept is None and old.read_text() == text
+
+
+def test_results_are_never_half_rewritten(
+    finished: tuple[Run, Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, results = finished
+    text = (run.folder / "results.jsonl").read_text()
+    path = tmp_path / "results.jsonl"
+    path.write_text(text)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(SettingsError, match=r"results\.jsonl cannot be written: No space left"):
+        Results(path, json.loads(text.splitlines()[0]), resume=True)
+    assert path.read_text() == text and [file.name for file in tmp_path.iterdir()] == ["results.jsonl"]
+
+
 def test_a_set_that_is_missing_is_named(data: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere/train\.tsv"):
         Sets(replace(PLAN, targets=("nowhere",)), data)
@@ -255,6 +285,8 @@ def test_the_command(
     shown = capsys.readouterr().out
     assert "target: kinds, combination, linear, 16 examples" in shown
     assert "`manifold experiment --data DATA --quick --seeds 0`" in out.read_text()
+    assert "results.jsonl.old" not in shown and experiment_command.run(parser.parse_args(given)) == 0
+    assert f"the earlier results are kept in {out.parent / 'results.jsonl.old'}" in capsys.readouterr().out
     assert experiment_command.run(parser.parse_args([*given, "--data", "nowhere"])) == 1
     assert "manifold experiment: nowhere/words/train.tsv cannot be read" in capsys.readouterr().err
 

@@ -93,6 +93,9 @@ def test_one_failing_does_not_stop_the_others(
     rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
     assert "accuracy" in rows["second"] and rows["second"].count("0.") >= 2 and "1.00" in rows["second"]
     assert "failed" in rows["wrong"]
+    assert f"first: publish it as a candidate: manifold publish {tmp_path}/out/first\n" in shown
+    assert f"second: publish it as a candidate: manifold publish {tmp_path}/elsewhere/second\n" in shown
+    assert "wrong: publish" not in shown
 
 
 @pytest.mark.parametrize(("number", "is_terminal"), [(signal.SIGINT, True), (signal.SIGTERM, False)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import html
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -19,9 +21,11 @@ from app.engine.backbone import Backbone
 from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, DataError, SettingsError
-from app.learning import evaluation
+from app.learning import evaluation, reporting
 from app.learning.data import read_table
+from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
+from app.learning.prepare import encode
 from app.learning.recipe import Recipe
 from app.learning.trainer import Epoch
 from tests.learning import samples
@@ -156,6 +160,25 @@ def test_labels_as_numbers_can_be_a_regression(tmp_path: Path, backbone: Backbon
     assert manifest["labels"] == [] and set(manifest["evaluation"]) == {"dev", "measure"}
 
 
+def test_all_of_the_training_file_is_looked_at_where_dev_is_a_part_of_it(tmp_path: Path, backbone: Backbone) -> None:
+    train = files_of(tmp_path, samples.single_rows, count=60).train
+    (tmp_path / "same.tsv").write_text(train.read_text())
+    watcher = Silent()
+    learn(recipe(epochs=1), Files(train, None, tmp_path / "same.tsv"), tmp_path / "out", (backbone, backbone), watcher)
+    assert watcher.noticed[0].startswith("60 of 60 texts of same.tsv also stand in train.tsv")
+
+
+def test_offsets_are_kept_only_where_tokens_are_tagged(tmp_path: Path, backbone: Backbone) -> None:
+    tokenizer = TextTokenizer(backbone.path)
+    for name, files in (("plain", files_of(tmp_path, samples.single_rows, 40)), ("tags", tagged_files(tmp_path))):
+        learn(recipe(epochs=1), files, tmp_path / name, (backbone, backbone), Silent())
+        table, is_token = read_table(files.dev), name == "tags"
+        with evaluation.running(backbone) as engine:
+            scored = evaluation.score(engine, tokenizer, read_artifact(tmp_path / name, backbone.spec), table)
+        for encodings in (scored.encodings, encode(tokenizer, table, 64)):
+            assert all(bool(e.offsets) == bool(e.word_ids) == is_token for e in encodings)
+
+
 # -- the artifact ------------------------------------------------------------------------------------------------------
 
 
@@ -229,12 +252,109 @@ def test_an_artifact_is_replaced_and_nothing_else_is(tmp_path: Path, backbone: B
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["frozen layers, dev", "training", "measuring"])
+@pytest.mark.parametrize("stage", ["frozen layers, dev", "training"])
 def test_an_interrupted_run_leaves_nothing_loadable(tmp_path: Path, backbone: Backbone, stage: str) -> None:
     files = files_of(tmp_path, samples.single_rows, count=40)
     with pytest.raises(KeyboardInterrupt):
         learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(stage))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.tsv", "test.tsv", "train.tsv"]
+
+
+class Impatient(Silent):
+    """Interrupts in one stage, the first times that it begins."""
+
+    def __init__(self, stage: str, times: int) -> None:
+        super().__init__()
+        self._stage, self._times = stage, times
+
+    def stage(self, name: str, total: int) -> None:
+        super().stage(name, total)
+        if name == self._stage and self.stages.count(name) <= self._times:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_measuring_keeps_what_was_learned(tmp_path: Path, backbone: Backbone) -> None:
+    files, watcher = files_of(tmp_path, samples.single_rows, count=40), Impatient("measuring", times=1)
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert manifest["evaluation"].keys() == {"dev", "measure"} and manifest["training"]["interrupted"] is True
+    assert "another interrupt abandons it" in watcher.noticed[-1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Measuring was interrupted" in page and "There is no test set" not in page
+    read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_a_second_interrupt_while_measuring_abandons_it(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    with pytest.raises(KeyboardInterrupt):
+        learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Impatient("measuring", times=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev.tsv", "test.tsv", "train.tsv"]
+
+
+def test_an_interrupt_while_calibrating_keeps_what_was_learned(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> float:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("app.learning.learn.fit_temperature", interrupted)
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    manifest = learned(tmp_path, files, backbone, epochs=1)
+    assert manifest["training"]["interrupted"] is True and "test" in manifest["evaluation"]
+    monkeypatch.undo()
+    again = learn(recipe(epochs=1), files, tmp_path / "again", (backbone, backbone), Silent())
+    assert manifest["training"]["temperature"] == again["training"]["temperature"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "kept"),
+    [
+        ("_linear", KeyboardInterrupt(), {"majority", "tfidf"}),
+        ("_linear", RuntimeError("it broke\nat some line"), {"majority", "tfidf", "full fine-tuning"}),
+        (
+            "_full",
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
+            {"majority", "tfidf", "linear head on the bare trunk"},
+        ),
+    ],
+    ids=["interrupt", "error", "memory"],
+)
+def test_a_baseline_that_ends_early_takes_nothing_with_it(
+    tmp_path: Path,
+    backbone: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: str,
+    error: BaseException,
+    kept: set[str],
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(reporting, fails, failing)
+    watcher, options = Silent(), Options(baselines=True, finetuning=FinetuneSettings(epochs=1))
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher, options)
+    assert set(manifest["baselines"]) == kept
+    is_interrupt = isinstance(error, KeyboardInterrupt)
+    assert manifest["training"]["interrupted"] is is_interrupt
+    if not is_interrupt:
+        told = f"failed and is left out: {type(error).__name__}: {str(error).splitlines()[0]}"
+        assert watcher.noticed[-1].endswith(told)
+    read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_a_full_disk_is_told_with_what_to_do(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.learning.writer.write_manifest", full)
+    with pytest.raises(
+        DataError, match=r"cannot be written to .*: No space left on device; make room there, or .*--out"
+    ):
+        learned(tmp_path, files_of(tmp_path, samples.single_rows, count=40), backbone, epochs=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backbone) -> None:
@@ -244,11 +364,44 @@ def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backb
         read_artifact(tmp_path / "out", backbone.spec)
 
 
-def test_texts_without_anything_to_read_are_named_by_line(tmp_path: Path, backbone: Backbone) -> None:
-    files = files_of(tmp_path, samples.single_rows, count=10)
-    with files.dev.open("a") as dev:
-        dev.write("\x01\x02\tgood\n")
-    with pytest.raises(DataError, match=r"dev\.tsv, line 62 has nothing that the model can read"):
+def test_texts_without_anything_to_read_are_left_out_and_told(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    for path in (files.train, files.dev, files.test):
+        with path.open("a") as file:
+            file.write("\x01\x02\tgood\n\tgood\n\u200b\tgood\n")
+    watcher = Silent()
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert [data["rows"] for data in manifest["data"].values()] == [40, 60, 60]
+    assert watcher.noticed[:2] == [
+        f"3 rows of {name} cannot be read and are left out (the first: line {line} has nothing that the model can "
+        "read): correct or delete them"
+        for name, line in (("train.tsv", 42), ("dev.tsv", 62))
+    ]
+
+
+@pytest.mark.parametrize(("changes", "limit"), [({}, 64), ({"num_virtual_tokens": 4}, 60)], ids=["bare", "prefix"])
+def test_texts_that_are_read_in_part_are_told(
+    tmp_path: Path, backbone: Backbone, changes: dict[str, Any], limit: int
+) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    for path, texts in ((files.train, [60, 59, 58]), (files.test, [64, 63])):
+        with path.open("a") as file:
+            file.write("".join(f"{'good ' * words}\tgood\n" for words in texts))
+    watcher = Silent()
+    manifest = learn(recipe(epochs=1, **changes), files, tmp_path / "out", (backbone, backbone), watcher)
+    train = sum(words + 2 > limit for words in (60, 59, 58))
+    assert [data["truncated"] for data in manifest["data"].values()] == [train, 0, 2]
+    told = f"2 of 62 texts of test.tsv are longer than {limit} tokens: only their beginning is read; the service "
+    told = (f"{train} of 43 texts of train.tsv, " if train else "") + told
+    assert sum(sentence.startswith(told) for sentence in watcher.noticed) == 1
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert told in page and 'unless a request says "truncate": true' in page
+
+
+def test_a_table_of_which_too_little_can_be_read(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    files.dev.write_text("text\tlabel\n" + "good\tgood\n" * 7 + "\x01\tgood\n" * 3)
+    with pytest.raises(DataError, match=r"3 of the 10 rows of dev\.tsv cannot be read, .*: line 9 has nothing that"):
         learn(recipe(), files, tmp_path / "out", (backbone, backbone), Silent())
 
 
@@ -262,7 +415,9 @@ def test_texts_without_anything_to_read_are_named_by_line(tmp_path: Path, backbo
         ({"num_virtual_tokens": 4, "first_layer": 2, "read_layers": (1, 2)}, "nothing reads above"),
         ({"num_virtual_tokens": 4, "prefixes": (Path("x"),)}, "give one of them"),
         ({"task": "Über"}, "--task must be a name"),
-        ({"epochs": 0}, "--epochs is out of range"),
+        ({"epochs": 0}, "--epochs is out of range: give 1 or more"),
+        ({"dropout": 1.0}, "--dropout is out of range: give 0 or more and less than 1"),
+        ({"learning_rate": float("nan")}, "--learning-rate is out of range: give more than 0"),
     ],
 )
 def test_choices_that_cannot_work(tmp_path: Path, backbone: Backbone, changes: dict[str, Any], sentence: str) -> None:

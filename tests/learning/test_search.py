@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError
+from app.learning import reporting
 from app.learning.compose import compose, usable
 from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Options, learn, with_enough_steps
@@ -121,6 +123,37 @@ def test_the_search_ends_in_an_artifact_that_says_what_was_tried(tmp_path: Path,
     report = (tmp_path / "out" / "report.html").read_text()
     assert "bare trunk" in report and "own prefix from layer" in report and "<svg" in report
     read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_a_search_on_a_sample_says_so(tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.learning.learn._SEARCH_ROWS", 50)
+    files, watcher = files_of(tmp_path, samples.single_rows, count=120), Silent()
+    options = Options(arrangements=(Arrangement.TRUNK,))
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher, options)
+    told = "a sample: 50 of 120 rows of train and 60 of 60 rows of dev"
+    assert f"the search runs on {told}; what it chooses is then trained on all of them" in watcher.noticed
+    assert f"The search ran on {told}." in (tmp_path / "out" / "report.html").read_text()
+    assert manifest["search_sample"] == {"train": 50, "dev": 60} and manifest["data"]["train"]["rows"] == 120
+    monkeypatch.undo()
+    manifest = learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent(), options)
+    assert manifest["search_sample"] == {}
+    assert "a sample" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_time_of_training_is_that_of_all_of_it(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frozen layers' passes, which are most of it on a CPU, are no part of a fit."""
+
+    class Slow(Silent):
+        def stage(self, name: str, total: int) -> None:
+            time.sleep(2.0 if name == "frozen layers, train" else 0.0)
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(reporting, "render", lambda report: told.update(report) or "")
+    files = files_of(tmp_path, samples.single_rows, count=40)
+    learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Slow())
+    assert told["cost"]["training_s"] >= 2.0
 
 
 def test_the_ceiling_is_measured_without_the_cheap_baselines_too(tmp_path: Path, backbone: Backbone) -> None:
@@ -237,15 +270,14 @@ def test_other_versions_are_never_replaced(tmp_path: Path, backbone: Backbone) -
         learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), Silent())
 
 
-@pytest.mark.parametrize("name", ["test.tsv", "golden.txt"])
-def test_what_cannot_be_read_is_told_before_anything_is_trained(tmp_path: Path, backbone: Backbone, name: str) -> None:
+def test_golden_inputs_that_cannot_be_read_are_told_before_anything_is_trained(
+    tmp_path: Path, backbone: Backbone
+) -> None:
     files = files_of(tmp_path, samples.single_rows, count=40)
-    (tmp_path / "golden.txt").write_text("we was good\n")
-    with (tmp_path / name).open("a") as file:
-        file.write("\u200b\tgood\n" if name == "test.tsv" else "\u200b\n")
+    (tmp_path / "golden.txt").write_text("we was good\n\u200b\n")
     watcher = Silent()
     options = Options(golden=tmp_path / "golden.txt")
-    with pytest.raises(DataError, match=name):
+    with pytest.raises(DataError, match=r"golden\.txt"):
         learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher, options)
     assert "training" not in watcher.stages
 

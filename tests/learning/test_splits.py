@@ -156,6 +156,29 @@ def test_texts_of_test_that_train_has_too() -> None:
     assert sentence.startswith("7 of 8 texts of test.tsv also stand in train.tsv (lines 3, 4, 5, 6, 7, …)")
 
 
+def test_a_part_split_off_for_dev_still_counts_as_train() -> None:
+    whole = table(*((f"text {number}", "ab"[number % 2]) for number in range(40)), *[("same", "a"), ("same", "b")] * 3)
+    for seed in range(8):
+        train, dev = split_off_dev(whole, share=0.3, seed=seed)
+        found = findings({"train": train, "dev": dev, "test": replace(whole, name="test.tsv")}, whole)
+        assert found.overlaps.keys() == {"test"} and found.in_dev.count == 0
+        assert found.overlaps["test"].count == len(whole.examples)
+        assert found.contradictions.count == 6
+
+
+def test_texts_of_test_that_a_dev_file_has_too() -> None:
+    train, dev, test = (
+        replace(table(*((text, "a") for text in texts)), name=f"{name}.tsv")
+        for name, texts in (("train", "xyz"), ("dev", "vwx"), ("test", "uvx"))
+    )
+    found = findings({"train": train, "dev": dev, "test": test})
+    assert [sentence.partition(":")[0] for sentence in found.sentences()] == [
+        "1 of 3 texts of dev.tsv also stand in train.tsv (line 4)",
+        "1 of 3 texts of test.tsv also stand in train.tsv (line 4)",
+        "2 of 3 texts of test.tsv also stand in dev.tsv (lines 3, 4)",
+    ]
+
+
 def test_a_pair_is_the_same_where_both_texts_are() -> None:
     train, test = (
         Table("file", "", ProblemType.SINGLE_LABEL, InputKind.PAIR, (Example(TextInput(*pair), 2, ("a",)),))
