@@ -210,8 +210,8 @@ def main() -> int:
 
 {chr(10).join(lines)}
 
-{_verdict(runs)} Each runs as it does by default: frozen layers of `learn` in bfloat16 where the processor has it, PEFT's
-trainer in float32 throughout.
+{_verdict(runs)} Each runs as it does by default: frozen layers of `learn` in bfloat16 where the processor has it,
+PEFT's trainer in float32 throughout.
 """
     REPORT.write_text(text)
     return 0
