@@ -26,7 +26,7 @@ from app.engine.plan import make_plan
 from tests.bench.load_open import Answer, run_alone
 from tests.bench.load_texts import make_texts
 from tests.bench.machine import describe
-from tests.bench.serving_artifacts import READOUT, write_readouts
+from tests.bench.serving_artifacts import READOUT, write_prefixes
 from tests.bench.serving_servers import MANIFOLD, manifold, running
 from tests.engine.models import make_artifact, random_encoding
 
@@ -75,7 +75,7 @@ def request_table(backbone: Backbone, threads: int, dtype: str) -> list[str]:
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_readouts(folder / "prefixes", backbone.spec, READOUT.tasks)
+        write_prefixes(folder / "prefixes", backbone.spec)
         server = manifold(folder, threads, dtype)
         failures: dict[str, str] = {}
         with running([server], threads, folder, failures) as started:

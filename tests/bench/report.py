@@ -38,8 +38,10 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   run, 0.99 to 1.03 in another, so no more than the host moves. At 16 tokens the two servers are level, in every other
   cell Manifold is ahead. Single rounds move by a tenth and more; the run itself has Manifold at 93 texts/s in this cell
   and at 113 in the same cell of its own table, a quarter of an hour before.
-- **Latency − engine.** 1.7 ms at 16 tokens, 2.9 ms at 256: HTTP, the way through two threads, and tokenizing sixteen
-  times as much. At 64 tokens the whole latency is below that of a bare forward alone.
+- **Latency − engine.** The end of [PROFILE.md](PROFILE.md): 1.3 ms at 16 tokens, 1.6 at 64, 2.4 at 256 (1.7 to 2.9 in
+  the longer run of SERVING.md, in a slower hour). Tokenizing grows with the text, 0.2 to 0.9 ms in the tokenizers
+  library; the socket and the client are 0.3 to 0.5; 0.6 to 0.8 are HTTP and the way through two threads, whose code a
+  batch has driven out of the processor's caches. At 64 tokens the whole latency is below that of a bare forward alone.
 - **Eight tasks against AdapterHub's `Parallel` from layer 4.** It shares the layers below as Manifold does, so
   planned passes are equal and only the rest can differ. Against whole models and switched adapters the factors are
   met.
