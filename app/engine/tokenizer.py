@@ -6,7 +6,7 @@ Knows the backbone's own tokenizer; nothing of tasks or tensors.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tokenizers import Encoding as RustEncoding
 from tokenizers import Tokenizer
@@ -45,14 +45,19 @@ class TextTokenizer:
         Raises TokenizationError naming the input that is too long (unless `truncate`) or has no token to read.
         """
         encodings: list[Encoding] = []
-        for start in range(0, len(inputs), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            texts = inputs[chunk]
-            for found in self.encode_each(texts, limits[chunk], [truncate] * len(texts), has_offsets):
-                if isinstance(found, str):
-                    raise TokenizationError(f"input {len(encodings)} {found}")
-                encodings.append(found)
+        for found in self.encode_many(inputs, limits, truncate, has_offsets):
+            if isinstance(found, str):
+                raise TokenizationError(f"input {len(encodings)} {found}")
+            encodings.append(found)
         return encodings
+
+    def encode_many(
+        self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: bool, has_offsets: bool = True
+    ) -> Iterator[Encoding | str]:
+        """As `encode_each`, of any number of texts in bounded memory: one after the other, made a chunk at a time."""
+        for start in range(0, len(inputs), _CHUNK):
+            texts = inputs[start : start + _CHUNK]
+            yield from self.encode_each(texts, limits[start : start + _CHUNK], [truncate] * len(texts), has_offsets)
 
     def encode_each(
         self, inputs: Sequence[TextInput], limits: Sequence[int], truncate: Sequence[bool], has_offsets: bool = True

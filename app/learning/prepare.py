@@ -23,8 +23,6 @@ from app.learning.model import position_offset
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix, recorded_keys_values, run_layers
 
-_CHUNK = 1000  # texts tokenized at once
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frozen:
@@ -63,15 +61,12 @@ def tokenized(tokenizer: TextTokenizer, table: Table) -> Table:
     """
     faults: dict[int, str] = {}
     examples: list[Example] = []
-    for start in range(0, len(table.examples), _CHUNK):
-        chunk = table.examples[start : start + _CHUNK]
-        texts, limits = [example.text for example in chunk], [sys.maxsize] * len(chunk)
-        for example, found in zip(
-            chunk, tokenizer.encode_each(texts, limits, [False] * len(chunk), has_offsets=False), strict=True
-        ):
-            if isinstance(found, str):
-                faults[len(examples)] = found
-            examples.append(example if isinstance(found, str) else replace(example, num_tokens=len(found)))
+    limits = [sys.maxsize] * len(table.examples)
+    found = tokenizer.encode_many(table.texts, limits, truncate=False, has_offsets=False)
+    for row, (example, encoding) in enumerate(zip(table.examples, found, strict=True)):
+        if isinstance(encoding, str):
+            faults[row] = encoding
+        examples.append(example if isinstance(encoding, str) else replace(example, num_tokens=len(encoding)))
     return without(replace(table, examples=tuple(examples)), faults)
 
 

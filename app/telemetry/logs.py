@@ -194,19 +194,20 @@ class _Aside(logging.Handler):
             self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), _LINES_TOGETHER))])
 
     def _write(self, taken: Sequence[_Line | threading.Event]) -> None:
-        texts = [self._text(one) for one in taken if not isinstance(one, threading.Event)]
+        lines = [one for one in taken if not isinstance(one, threading.Event)]
         try:
-            self._stream.write("".join(texts))
+            self._stream.write("".join(map(self._text, lines)))
         except Exception:  # the thread must outlive a stream that breaks
-            self._num_dropped += sum(map(bool, texts))
+            self._num_dropped += len(lines)
         for one in taken:
             if isinstance(one, threading.Event):
                 one.set()
 
     def _text(self, line: _Line) -> str:
-        """Nothing for a record that cannot be made or has no text: the thread must outlive it."""
+        """Of a record that cannot be made or has no text, what went wrong: the thread and other lines outlive it."""
         try:
             return f"{self.format(line if isinstance(line, logging.LogRecord) else line())}\n"
-        except Exception:
-            self._num_dropped += 1
-            return ""
+        except Exception as error:
+            told = {"name": "manifold", "levelno": logging.ERROR, "levelname": "ERROR"}
+            told["msg"] = f"a line could not be made: {type(error).__name__}"
+            return f"{self.format(logging.makeLogRecord(told))}\n"

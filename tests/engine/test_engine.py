@@ -161,23 +161,6 @@ def test_when_the_thread_dies_every_waiter_is_told_and_later_ones_are_refused(
         engine.submit(_request(engine, version))
 
 
-def test_rows_that_come_during_a_batch_are_rows_that_wait(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine()
-    version = _load(engine, "task")
-    gate = _Gate(monkeypatch)
-    futures = [engine.submit(_request(engine, version))]
-    assert gate.entered.wait(10)
-    assert engine.queue_rows == 0, "what a batch has taken does not wait any more"
-    futures += [engine.submit(_request(engine, version, seed=i)) for i in range(5)]
-    assert engine.queue_rows == 5
-    gate.open()
-    for future in futures:
-        future.result(timeout=10)
-    assert engine.queue_rows == 0
-
-
 def test_nothing_waits_in_an_engine_that_was_closed(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
     version = _load(engine, "task")
@@ -272,7 +255,7 @@ def test_work_whose_deadline_passed_in_the_queue_is_dropped(
     assert gate.batches == [1]
 
 
-def test_requests_that_queue_while_a_batch_runs_share_the_next(
+def test_requests_that_queue_while_a_batch_runs_are_rows_that_wait_and_share_the_next(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
@@ -280,10 +263,13 @@ def test_requests_that_queue_while_a_batch_runs_share_the_next(
     gate = _Gate(monkeypatch)
     futures = [engine.submit(_request(engine, version))]
     assert gate.entered.wait(10)
+    assert engine.queue_rows == 0, "what a batch has taken does not wait any more"
     futures += [engine.submit(_request(engine, version, seed=i)) for i in range(5)]
+    assert engine.queue_rows == 5
     gate.open()
     for future in futures:
         future.result(timeout=10)
+    assert engine.queue_rows == 0
     assert gate.batches == [1, 5]
 
 
