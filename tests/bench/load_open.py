@@ -9,6 +9,7 @@ import asyncio
 import gc
 import random
 import socket
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from urllib.parse import urlsplit
 
 import httptools
 import uvloop
+
+_STAGES = ("tokenization", "queue", "inference", "total")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,20 @@ def run_alone(url: str, path: str, bodies: Sequence[bytes]) -> list[Answer]:
             duration_s = time.perf_counter() - began_s
             answers.append(Answer(0.0, 0.0, duration_s, parser.get_status_code(), response.headers))
     return answers
+
+
+def stages(answers: Sequence[Answer]) -> list[float]:
+    """Medians in milliseconds: latency, engine, what is beside it, and that in four parts.
+
+    Tokenizing, queue, HTTP and threads, socket and client. The server says its own in headers.
+    """
+    found = []
+    for answer in answers:
+        tokenization, queue, engine, total = (float(answer.headers[f"x-{stage}-time"]) for stage in _STAGES)
+        latency = 1000 * answer.duration_s
+        threads = total - tokenization - queue - engine
+        found.append((latency, engine, latency - engine, tokenization, queue, threads, latency - total))
+    return [statistics.median(column) for column in zip(*found, strict=True)]
 
 
 def as_request(url: str, path: str, body: bytes) -> bytes:

@@ -8,7 +8,6 @@ Writes PROFILE.md. Shares are of one process alone; it compares nothing.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,7 +22,7 @@ from app.engine.engine import CPU_CHUNK_TOKENS, Engine
 from app.engine.forward import run_batch
 from app.engine.host_memory import keep_freed_memory
 from app.engine.plan import make_plan
-from tests.bench.load_open import Answer, run_alone
+from tests.bench.load_open import run_alone, stages
 from tests.bench.load_texts import make_texts
 from tests.bench.machine import describe
 from tests.bench.serving_artifacts import READOUT, write_prefixes
@@ -36,7 +35,6 @@ _SHOWN = 9
 _REPETITIONS = 50
 LENGTHS = ("16", "64", "256")  # tokens of a request's text
 _REQUESTS = 500
-_STAGES = ("tokenization", "queue", "inference", "total")  # the server says them in headers
 
 
 def batch_of(engine: Engine, texts: int, tokens: int) -> Callable[[], object]:
@@ -89,17 +87,6 @@ def request_table(backbone: Backbone, threads: int, dtype: str) -> list[str]:
                 answers = run_alone(one.url, call.path, bodies)[_REQUESTS // 10 :]
                 lines.append(f"| {length} | {' | '.join(f'{ms:.2f}' for ms in stages(answers))} |")
     return lines
-
-
-def stages(answers: list[Answer]) -> list[float]:
-    """Latency, engine, what is beside it, and that in four parts; medians in milliseconds."""
-    found = []
-    for answer in answers:
-        tokenization, queue, engine, total = (float(answer.headers[f"x-{stage}-time"]) for stage in _STAGES)
-        latency = 1000 * answer.duration_s
-        threads = total - tokenization - queue - engine
-        found.append((latency, engine, latency - engine, tokenization, queue, threads, latency - total))
-    return [statistics.median(column) for column in zip(*found, strict=True)]
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from app.engine.backbone import Backbone
 from tests.bench.load import require_wrk, run_wrk
-from tests.bench.load_open import Answer, run_alone, run_open
+from tests.bench.load_open import Answer, run_alone, run_open, stages
 from tests.bench.load_texts import LENGTHS, MIXED, TextSet, make_texts
 from tests.bench.machine import describe
 from tests.bench.serving_artifacts import (
@@ -168,10 +167,7 @@ def measure_alone(bench: Bench, one: Running) -> None:
                 one.resume()
                 answers = run_alone(one.url, call.path, bodies)[5:]
                 one.pause()
-                engine = [float(a.headers["x-inference-time"]) for a in answers]
-                latency = [1000 * a.duration_s for a in answers]
-                beside = [x - y for x, y in zip(latency, engine, strict=True)]
-                kept = Alone(job.name, texts, number, *map(statistics.median, (latency, engine, beside)))
+                kept = Alone(job.name, texts, number, *stages(answers)[:3])
                 bench.results.alone.append(kept)
                 console.print(
                     f"alone    {job.name:40} {texts:>5} tokens: {kept.latency_ms:.2f} ms, "

@@ -219,7 +219,8 @@ def _one_task(results: Results) -> str:
     cells = list(dict.fromkeys((r.texts, r.concurrency) for r in rows))
     lines = [
         "## One task, beside peers\n",
-        "The same texts and generator; servers take turns. A task is a classifier of four labels: for Manifold "
+        f"The same texts and generator; servers take turns, in {len({r.round for r in rows})} rounds. "
+        "A task is a classifier of four labels: for Manifold "
         "a readout of the bare trunk, for the others a fine-tuned model's head. Texts a second; last, p50, p95, p99 "
         "with one caller and how much of the p50 is not a bare forward of one text.\n",
         "| | "
