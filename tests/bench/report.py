@@ -32,11 +32,12 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   packed weights), 9 % attention, the rest some forty small operators, none above 3 %. A batch of one short text reads
   every weight once. To close it the layers would have to run in OpenVINO itself, which cannot fork rows in mid-stack or
   take prefixes.
-- **infinity on ONNX Runtime with 64 at once.** The engine is faster than ONNX Runtime there (LIMITS.md, 32 × 64), and
-  with 64 callers it is at work 92 to 96 % of the time, in batches of 32 ([PROFILE.md](PROFILE.md)): no more than 4 %
-  lie between batches at 64 tokens. Batches that end at 640, 1,024 or 2,048 tokens brought 0.95 to 1.08 times the
-  throughput in one run, 0.99 to 1.03 in another. What is missing beyond that is what single rounds move, a tenth and more: the run
-  has Manifold at 93 texts/s in this cell, and at 113 in the same cell of its own table a quarter of an hour before.
+- **infinity on ONNX Runtime with 64 at once.** The engine is faster than ONNX Runtime there (LIMITS.md, 32 × 64),
+  and with 64 callers it is at work 92 to 96 % of the time, in batches of 32 ([PROFILE.md](PROFILE.md)): no more
+  than 4 % lie between batches at 64 tokens. Batches that end at 640, 1,024 or 2,048 tokens brought 0.95 to 1.08
+  times the throughput in one run, 0.99 to 1.03 in another. What is missing beyond that is what single rounds move,
+  a tenth and more: the run has Manifold at 93 texts/s in this cell, and at 113 in the same cell of its own table a
+  quarter of an hour before.
 - **Latency − engine.** The end of [PROFILE.md](PROFILE.md): 1.4 ms at 16 tokens, 1.6 at 64, 2.3 at 256 (1.7 to 2.9 in
   the longer run of SERVING.md, in a slower hour). Tokenizing grows with the text, 0.3 to 0.9 ms in the tokenizers
   library; the socket and the client are 0.4 to 0.5; 0.7 to 0.8 are HTTP and the way through two threads, whose code a
