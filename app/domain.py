@@ -170,6 +170,16 @@ class Encoding:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def first_tokens(self) -> list[int]:
+        """Of each word, by `word_ids`."""
+        found, last = [], None
+        for token, word in enumerate(self.word_ids):
+            if word is not None and word != last:
+                found.append(token)
+            last = word
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

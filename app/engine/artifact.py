@@ -3,7 +3,8 @@
 Knows file formats and shapes. Does not know whether a version is live, and runs no model.
 
 Layout: `prompt_embeddings [num_virtual_tokens, layers · 2 · heads · head size]` as PEFT writes it (several prefixes:
-`prompt_embeddings.0`, `.1`, …), `queries [layers read, num_queries, d]`, and the head under PEFT's names.
+`prompt_embeddings.0`, `.1`, …), `queries [layers read, num_queries, d]`, the head under PEFT's names, and where a
+tagger has learned how tags follow one another `transitions [labels + 1, labels]`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Artifact:
 
     digest: str  # "sha256:…" over the files
     manifest: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]  # queries and head
+    tensors: Mapping[str, Tensor]  # queries, head and transitions
     prefix_vectors: tuple[Tensor, ...]  # each [layers, 2, heads, virtual tokens, head size]
 
     def version(self, number: int) -> TaskVersion:

@@ -15,6 +15,7 @@ from torch import Tensor, uint8
 
 from app.domain import BackboneSpec, HeadKind, InputKind, ProblemType, Readout, ReadoutKind
 from app.engine.baseline import baseline_faults
+from app.engine.chain import TRANSITIONS
 from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names
 
 FORMAT_VERSION = 1
@@ -205,6 +206,8 @@ def _expected_shapes(manifest: Mapping[str, Any], spec: BackboneSpec) -> dict[st
 def _tensor_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: BackboneSpec) -> list[str]:
     faults: list[str] = []
     expected = _expected_shapes(manifest, spec)
+    if TRANSITIONS in tensors and manifest["problem_type"] == ProblemType.TOKEN:
+        expected[TRANSITIONS] = (len(manifest["labels"]) + 1, len(manifest["labels"]))
     for name, shape in expected.items():
         if name not in tensors:
             faults.append(f"tensor {name} is missing")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.domain import HeadKind, ProblemType, ReadoutKind, TaskVersion
+from app.engine.chain import TRANSITIONS, decode
 from app.engine.linear import Linear, LinearBank, apply_all
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,6 +44,7 @@ class ResidentHead:
     activation: str
     out: Linear | None  # features or hidden → labels; None: the features are the answer (embeddings)
     problem_type: ProblemType
+    transitions: Tensor | None = None  # of a tagger that has learned how tags follow one another [labels + 1, labels]
 
     @classmethod
     def from_tensors(
@@ -57,7 +59,10 @@ class ResidentHead:
         pairs = zip(names[::2], names[1::2], strict=True)
         *dense, out = (bank.place(tensors[weight], tensors[bias]) for weight, bias in pairs)
         activation = manifest["head"].get("activation", "tanh")
-        return cls(queries, dense[0] if dense else None, activation, out, version.problem_type)
+        transitions = tensors.get(TRANSITIONS)
+        if transitions is not None:
+            transitions = transitions.to(bank.device, torch.float32, copy=True)
+        return cls(queries, dense[0] if dense else None, activation, out, version.problem_type, transitions)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -69,6 +74,12 @@ class ResidentHead:
         """Features [..., features] → scores [..., labels]."""
         hidden = features if self.dense is None else ACTIVATIONS[self.activation](self.dense(features))
         return scores_of(self.problem_type, hidden if self.out is None else self.out(hidden))
+
+    def tags(self, probabilities: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
+        """[..., tokens, labels] → tag ids [..., tokens]; `words`: the first tokens of each row's words."""
+        if self.transitions is None:
+            return probabilities.argmax(dim=-1)
+        return decode(probabilities, words, self.transitions)
 
 
 def score_all(heads: Sequence[ResidentHead], features: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -28,7 +28,7 @@ _BROKEN = TaskOutput(error="it failed while computing; the server's log says why
 
 def score(batch: Batch, pieces: Pieces) -> Scores:
     """The scores of all readers, on their way to the host in one transfer. Heads of one shape are computed together."""
-    return Scores(batch, [part for readers, found in _joined(pieces) for part in _scored(readers, found)])
+    return Scores(batch, [part for readers, found in _joined(pieces) for part in _scored(batch, readers, found)])
 
 
 def _joined(pieces: Pieces) -> Iterator[tuple[Readers, list[Tensor]]]:
@@ -94,11 +94,11 @@ class _Scored:
     is_token: bool = False
 
 
-def _scored(readers: Readers, pieces: Sequence[Tensor]) -> list[_Scored]:
+def _scored(batch: Batch, readers: Readers, pieces: Sequence[Tensor]) -> list[_Scored]:
     """The scores of all readers. A version that breaks is left out, and breaks alone."""
     if readers.readout.kind is ReadoutKind.TOKENS:
-        features = torch.cat(tuple(pieces), dim=-1)
-        return _one_by_one(readers, lambda position: _score_tokens(readers, position, features))
+        features, words = torch.cat(tuple(pieces), dim=-1), _words(batch, readers)
+        return _one_by_one(readers, lambda position: _score_tokens(readers, position, features, words))
     features = join_layers(pieces).transpose(0, 1)
     try:
         return _together(readers, features)
@@ -130,9 +130,18 @@ def _score(readers: Readers, position: int, features: Tensor) -> _Scored:
     return _Scored(readers.cohort, (readers.versions[position],), scores.unsqueeze(0))
 
 
-def _score_tokens(readers: Readers, position: int, features: Tensor) -> _Scored:
-    best = readers.residents[position].head.scores(features).max(dim=-1)
-    both = torch.stack((best.values, best.indices.to(best.values.dtype)), dim=-1)
+def _words(batch: Batch, readers: Readers) -> list[list[int]]:
+    """The first tokens of each row's words, where a reader asks for them."""
+    if all(resident.head.transitions is None for resident in readers.residents):
+        return []
+    return [work.plan.encoding.first_tokens for work in batch.works[batch.cohorts[readers.cohort].plans]]
+
+
+def _score_tokens(readers: Readers, position: int, features: Tensor, words: Sequence[Sequence[int]]) -> _Scored:
+    head = readers.residents[position].head
+    probabilities = head.scores(features)
+    tags = head.tags(probabilities, words).unsqueeze(-1)
+    both = torch.cat((probabilities.gather(-1, tags), tags.to(probabilities.dtype)), dim=-1)
     return _Scored(readers.cohort, (readers.versions[position],), both.unsqueeze(0), is_token=True)
 
 

@@ -5,7 +5,7 @@ Knows outputs and encodings. Does not know what the texts of a version usually l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,8 @@ def _of_tokens(
     columns = [names.get(tag.partition("-")[2], -1) for tag in version.labels]
     sums, counts = (np.zeros((len(outputs), len(names) + 1)) for _ in range(2))  # the last: words outside of spans
     for text, (output, encoding) in enumerate(zip(outputs, encodings, strict=True)):
-        for tag, score in _words(encoding, output):
+        for token in encoding.first_tokens:
+            tag, score = output.tags[token], output.scores[token]
             sums[text, columns[tag]] += score
             counts[text, columns[tag]] += 1
     with np.errstate(invalid="ignore"):
@@ -91,15 +92,6 @@ def _of_tokens(
     given = counts > 0
     given[:, -1] = ~given[:, :-1].any(axis=1)
     return scores, given, by_answer
-
-
-def _words(encoding: Encoding, output: TaskOutput) -> Iterator[tuple[int, float]]:
-    """(tag, score) of each word's first token."""
-    last: int | None = None
-    for tag, score, word in zip(output.tags, output.scores, encoding.word_ids, strict=True):
-        if word is not None and word != last:
-            yield tag, score
-        last = word
 
 
 def _only(traits: Traits, rows: NDArray[np.bool_]) -> Traits:

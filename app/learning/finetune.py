@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from app.domain import Encoding, ProblemType
-from app.learning.problems import IGNORED, dev_figure, loss_of
+from app.learning.chain import Chain
+from app.learning.problems import IGNORED, dev_figure, loss_of, tagged
 from app.learning.trainer import shuffled
 
 _MAX_GRADIENT_NORM = 1.0
@@ -44,6 +45,11 @@ class Texts:
     @property
     def lengths(self) -> Tensor:
         return torch.tensor([len(encoding) for encoding in self.encodings])
+
+    @property
+    def tagged(self) -> list[Tensor]:
+        """The tag ids of each text's tagged tokens."""
+        return tagged(self.targets, self.lengths.tolist())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +121,7 @@ def finetune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
     )
+    transitions = Chain.of(train.tagged, labels).transitions() if is_token else None
     best, kept, tokens = -math.inf, {}, 0
     for epoch in range(1, settings.epochs + 1):
         model.train()
@@ -128,7 +135,7 @@ def finetune(
             schedule.step()
             tokens += sum(len(train.encodings[row]) for row in rows)
         logits, gold, counts = whole_logits(model, dev, device)
-        figure = dev_figure(problem_type, logits, gold, labels, counts)
+        figure = dev_figure(problem_type, logits, gold, labels, counts, transitions)
         report(epoch, figure)
         if figure > best:
             best, kept = figure, {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -17,6 +17,7 @@ from app.domain import BackboneSpec, HeadKind, ProblemType, TextInput
 from app.engine.artifact import Artifact, flatten_prefix
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
 from app.engine.backbone import Backbone
+from app.engine.chain import TRANSITIONS
 from app.engine.engine import Engine
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
@@ -24,6 +25,7 @@ from app.errors import DataError, SettingsError, TokenizationError
 from app.learning import evaluation, reporting, writer
 from app.learning.baselines import Baseline
 from app.learning.calibration import fit_temperature
+from app.learning.chain import Chain
 from app.learning.compose import compose
 from app.learning.data import Table, read_inputs
 from app.learning.evaluation import Scored
@@ -240,8 +242,10 @@ def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned
     """The model's tensors as they are stored: calibrated, in the data's own units, prefixes beside them."""
     kind = study.tables.problem_type
     tensors = fitted.model.tensors()
-    temperature, was_interrupted = _calibrated(study, fitted)
+    (temperature, transitions), was_interrupted = _calibrated(study, fitted)
     _scale_logits(tensors, fitted.recipe, 1 / temperature)
+    if transitions is not None:
+        tensors[TRANSITIONS] = transitions
     if kind is ProblemType.REGRESSION:
         _fold(tensors, fitted.recipe, study.scaling)
     prefixes = _add_prefixes(tensors, fitted)
@@ -249,12 +253,23 @@ def _finish(study: Study, fitted: Fitted, found: Found | None = None) -> Learned
     return Learned(study, fitted, tensors, prefixes, temperature, found, was_interrupted)
 
 
-def _calibrated(study: Study, fitted: Fitted) -> tuple[float, bool]:
-    """The temperature, and whether the user interrupted it: seconds of work, which a first interrupt begins anew."""
+def _calibrated(study: Study, fitted: Fitted) -> tuple[tuple[float, Tensor | None], bool]:
+    """What dev says of the outputs, and whether the user interrupted it: seconds of work, which a first interrupt
+    begins anew."""
     try:
-        return fit_temperature(study.tables.problem_type, *study.logits(fitted, "dev")), False
+        return _tuned(study, fitted), False
     except KeyboardInterrupt:
-        return fit_temperature(study.tables.problem_type, *study.logits(fitted, "dev")), True
+        return _tuned(study, fitted), True
+
+
+def _tuned(study: Study, fitted: Fitted) -> tuple[float, Tensor | None]:
+    """The temperature, and of tags the transitions."""
+    logits, targets = study.logits(fitted, "dev")
+    temperature = fit_temperature(study.tables.problem_type, logits, targets)
+    if study.tables.problem_type is not ProblemType.TOKEN:
+        return temperature, None
+    chain = Chain.of(study.tagged(fitted, "train"), study.tables.labels)
+    return temperature, chain.tuned(logits / temperature, study.tagged(fitted, "dev"))
 
 
 def _scale_logits(tensors: dict[str, Tensor], recipe: Recipe, factor: float) -> None:

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from app.domain import Encoding, ProblemType
 from app.learning.alignment import token_tags, word_starts
+from app.learning.chain import decode_tags, span_f1
 from app.learning.data import Example, Table
-from app.learning.figures import f1_by_threshold, figures_of_tags, macro_f1, pearson
+from app.learning.figures import f1_by_threshold, macro_f1, pearson
 
 IGNORED = -100  # torch's own index for tokens without a tag
 _MAX_WEIGHT = 20.0  # of a label in a multi-label loss
@@ -73,6 +74,11 @@ def _tag_ids(example: Example, encoding: Encoding, index: dict[str, int]) -> Ten
     return ids
 
 
+def tagged(targets: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """The tag ids of each text's tagged tokens. targets [tokens of all texts]; `lengths`: tokens of each."""
+    return [tags[tags != IGNORED] for tags in torch.split(targets, list(lengths))]
+
+
 def class_weights(problem_type: ProblemType, targets: Tensor, num_outputs: int, power: float) -> Tensor | None:
     """Weights [labels] for `loss_of` that let rare labels count more: 0 leaves all alike, 1 makes labels equal.
 
@@ -109,9 +115,15 @@ def loss_of(problem_type: ProblemType, logits: Tensor, targets: Tensor, weights:
 
 
 def dev_figure(
-    problem_type: ProblemType, logits: Tensor, targets: Tensor, labels: Sequence[str], lengths: Sequence[int]
+    problem_type: ProblemType,
+    logits: Tensor,
+    targets: Tensor,
+    labels: Sequence[str],
+    lengths: Sequence[int],
+    transitions: Tensor | None = None,
 ) -> float:
-    """The measure of MEASURES. For tokens `logits` and `targets` hold tagged tokens alone, `lengths` a text each."""
+    """The measure of MEASURES. For tokens `logits` and `targets` hold tagged tokens alone, `lengths` a text each, and
+    `transitions` [labels + 1, labels] score how tags follow one another."""
     match problem_type:
         case ProblemType.SINGLE_LABEL:
             return float((logits.argmax(-1) == targets).double().mean())
@@ -122,13 +134,5 @@ def dev_figure(
         case ProblemType.REGRESSION:
             return pearson(logits.squeeze(-1).tolist(), targets.tolist())
         case _:
-            found, gold = ([labels[i] for i in ids.tolist()] for ids in (logits.argmax(-1), targets))
-            return figures_of_tags(_split(gold, lengths), _split(found, lengths))["f1"]
-
-
-def _split(items: Sequence[str], lengths: Sequence[int]) -> list[list[str]]:
-    pieces, start = [], 0
-    for length in lengths:
-        pieces.append(list(items[start : start + length]))
-        start += length
-    return pieces
+            found = logits.argmax(-1) if transitions is None else decode_tags(logits, lengths, transitions)
+            return span_f1(found, targets, lengths, labels)

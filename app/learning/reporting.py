@@ -20,6 +20,7 @@ from app.domain import ProblemType, ReadoutKind
 from app.engine.heads import scores_of
 from app.learning import evaluation
 from app.learning.baselines import CEILING, LINEAR, Baseline, text_baselines
+from app.learning.chain import Chain, decode_tags
 from app.learning.data import Example
 from app.learning.evaluation import Scored
 from app.learning.figures import Bools, Floats
@@ -159,7 +160,8 @@ def _full(study: Study, settings: FinetuneSettings) -> Baseline:
 def _measured(study: Study, logits: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Baseline:
     """Figures of logits in the order of the tables."""
     tables, kind = study.tables, study.tables.problem_type
-    scores = {name: _scores(study, name, found) for name, (found, _) in logits.items()}
+    transitions = _transitions(study, logits["dev"][0]) if kind is ProblemType.TOKEN else None
+    scores = {name: _scores(study, name, found, transitions) for name, (found, _) in logits.items()}
     is_multi = kind is ProblemType.MULTI_LABEL
     thresholds = evaluation.thresholds_of_scores(tables.dev, scores["dev"], tables.labels) if is_multi else []
     figures = {
@@ -169,14 +171,21 @@ def _measured(study: Study, logits: Mapping[str, tuple[Tensor, Tensor]], seconds
     return Baseline(figures, seconds)
 
 
-def _scores(study: Study, name: str, logits: Tensor) -> Any:
+def _transitions(study: Study, logits: Tensor) -> Tensor:
+    """Chosen on these logits of dev, as those of an artifact are."""
+    train, dev = (Texts(*study.texts(name)) for name in ("train", "dev"))
+    return Chain.of(train.tagged, study.tables.labels).tuned(logits, dev.tagged)
+
+
+def _scores(study: Study, name: str, logits: Tensor, transitions: Tensor | None) -> Any:
     """[texts, labels]; for tokens lists of tags, a text each."""
     tables, scaling = study.tables, study.scaling
     if tables.problem_type is ProblemType.REGRESSION:
         return (logits * scaling.std + scaling.mean).numpy()
-    if tables.problem_type is not ProblemType.TOKEN:
+    if transitions is None:
         return scores_of(tables.problem_type, logits).numpy()
-    return study.word_tags(name, logits.argmax(-1))
+    lengths = list(map(len, Texts(*study.texts(name)).tagged))
+    return study.word_tags(name, decode_tags(logits, lengths, transitions))
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

@@ -221,6 +221,10 @@ class Study:
         logits, targets, _ = predict_logits(fitted.model, split, self.tables.problem_type)
         return logits, targets
 
+    def tagged(self, fitted: Fitted, name: str) -> list[Tensor]:
+        """The tag ids of each text of one table, in the order of `logits`."""
+        return self._seen(fitted.recipe, cache_plan(fitted.recipe, fitted.frozen), name).tagged
+
     def _seen(self, recipe: Recipe, plan: CachePlan, name: str) -> Split:
         """A split as the recipe's readout sees it: of frozen states, what is the same in every epoch is done once."""
         split = self.split(plan, name)

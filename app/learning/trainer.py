@@ -16,8 +16,9 @@ from app.domain import ProblemType
 from app.engine.heads import mean_tokens
 from app.errors import DataError
 from app.learning.cache import Gathered, StateCache, states_at
+from app.learning.chain import Chain
 from app.learning.model import TaskModel
-from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of
+from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of, tagged
 from app.learning.recipe import Recipe
 
 _POOL = 64  # batches whose texts are sorted by length together: little padding, and still a new mix every epoch
@@ -36,6 +37,11 @@ class Split:
     @property
     def lengths(self) -> Tensor:
         return self.cache.lengths if self.order is None else self.order
+
+    @property
+    def tagged(self) -> list[Tensor]:
+        """The tag ids of each text's tagged tokens."""
+        return tagged(self.targets, self.cache.lengths.tolist())
 
     def pooled(self) -> Split:
         """Each text as one token, the mean of its own: all that a mean readout sees, and so in the same batches."""
@@ -83,6 +89,9 @@ def train(
     optimizer = _optimizer(model, recipe)
     steps = recipe.epochs * -(-len(train_split.cache) // recipe.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, recipe.warmup))
+    transitions = None
+    if problem_type is ProblemType.TOKEN:
+        transitions = Chain.of(train_split.tagged, labels).transitions()
     weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
     epochs: list[Epoch] = []
     best = (-math.inf, -math.inf)
@@ -91,7 +100,7 @@ def train(
         while len(epochs) < recipe.epochs and not _is_stalled(epochs, recipe.patience):
             loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator, weights)
             logits, targets, counts = predict_logits(model, dev_split, problem_type)
-            dev = dev_figure(problem_type, logits, targets, labels, counts)
+            dev = dev_figure(problem_type, logits, targets, labels, counts, transitions)
             dev_loss = float(loss_of(problem_type, logits, targets))
             is_best = (dev, -dev_loss) > best and math.isfinite(dev_loss)
             epochs.append(Epoch(len(epochs) + 1, loss, dev, is_best, dev_loss))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,9 +100,10 @@ def make_artifact(
     activation: str = "tanh",
     problem_type: str = "single_label_classification",
     labels: int = 3,
+    chained: bool = False,
     seed: int = 0,
 ) -> Artifact:
-    """An artifact of random tensors. `prefixes` are (num_virtual_tokens, first_layer)."""
+    """An artifact of random tensors. `prefixes` are (num_virtual_tokens, first_layer); `chained`: with transitions."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float = 0.5) -> Tensor:
@@ -128,6 +130,8 @@ def make_artifact(
     elif problem_type != "embedding":
         tensors["base_model.classifier.weight"] = random(outputs, features, scale=0.1)
         tensors["base_model.classifier.bias"] = random(outputs)
+    if chained:
+        tensors["transitions"] = random(labels + 1, labels, scale=3.0)
     manifest = {
         "format_version": 1,
         "task": task,
@@ -147,7 +151,17 @@ def random_encoding(length: int, seed: int, pair: bool = False) -> Encoding:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
     split = length // 2 if pair else length
-    return Encoding(tuple(ids), (0,) * split + (1,) * (length - split))
+    words = sorted(torch.randint(0, 6, (length - 2,), generator=generator).tolist())
+    return Encoding(tuple(ids), (0,) * split + (1,) * (length - split), word_ids=(None, *words, None))
+
+
+def best_of_all(scores: Tensor, transitions: Tensor) -> Tensor:
+    """Of all sequences of tags: [words]; scores [words, labels], transitions [labels + 1, labels]."""
+    words, labels = scores.shape
+    found = torch.tensor(list(itertools.product(range(labels), repeat=words)))  # [sequences, words]
+    totals = scores[torch.arange(words), found].sum(1) + transitions[-1][found[:, 0]]
+    totals += transitions[found[:, :-1], found[:, 1:]].sum(1)
+    return found[totals.argmax()]
 
 
 def run(engine: Engine, *asked: tuple[Encoding, Sequence[TaskVersion]]) -> list[tuple[TaskOutput, ...]]:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from app.domain import BackboneSpec, TextInput
 from app.engine.artifact import flatten_prefix, read_artifact, unflatten_prefix
-from app.engine.artifact_checks import prefix_digest
+from app.engine.artifact_checks import find_faults, prefix_digest
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
 from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError
-from tests.engine.models import tiny_backbone
+from tests.engine.models import make_artifact, tiny_backbone
 
 SPEC = tiny_backbone("bert").spec
 HEAD = "base_model.classifier"
@@ -133,6 +133,18 @@ def test_every_tensor_at_fault_is_named(folder: Path) -> None:
     assert f"{HEAD}.dense.bias has values that are not finite" in text
     assert f"{HEAD}.out_proj.bias is of type torch.int64" in text
     assert "tensors that nothing reads: stranger" in text
+
+
+@pytest.mark.parametrize("problem_type", ["token_classification", "single_label_classification"])
+def test_transitions_are_of_taggers_and_of_all_their_tags(problem_type: str) -> None:
+    spec, readout = tiny_backbone("bert").spec, "tokens" if problem_type.startswith("token") else "mean"
+    good = make_artifact(spec, readout=readout, problem_type=problem_type)
+    faults = find_faults(good.manifest, {**good.tensors, "transitions": torch.zeros(3, 3)}, spec)
+    assert faults == (
+        ["tensor transitions has shape 3 × 3, not 4 × 3"]
+        if readout == "tokens"
+        else ["tensors that nothing reads: transitions"]
+    )
 
 
 def test_labels_that_do_not_fit_the_head_are_a_fault(folder: Path) -> None:

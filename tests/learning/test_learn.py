@@ -7,16 +7,19 @@ import html
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import BertForSequenceClassification
 
 from app.domain import ProblemType, ReadoutKind, TextInput
-from app.engine.artifact import read_artifact
+from app.engine.artifact import Artifact, read_artifact
 from app.engine.backbone import Backbone
 from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
@@ -137,6 +140,32 @@ def test_it_learns_to_tag_tokens(tmp_path: Path, backbone: Backbone) -> None:
     assert manifest["evaluation"]["test"]["f1"] > 0.9
     assert sum(map(sum, manifest["score_baseline"]["counts"])) == manifest["score_baseline"]["texts"] == 60
     assert len(manifest["score_baseline"]["labels"]) == 3  # city, name, none
+
+
+def test_tags_follow_one_another_as_they_may(tmp_path: Path, backbone: Backbone) -> None:
+    """Of a head that has learned next to nothing: the highest tag of each word alone would break the rules."""
+    learned(tmp_path, tagged_files(tmp_path), backbone, epochs=1, hidden=0, learning_rate=1e-6)
+    artifact = read_artifact(tmp_path / "out", backbone.spec)
+    assert artifact.tensors["transitions"].shape == (6, 5)
+    labels, found = artifact.manifest["labels"], dict[str, list[list[str]]]()
+    with evaluation.running(backbone) as engine:
+        table, tokenizer = read_table(tmp_path / "test.jsonl"), TextTokenizer(backbone.path)
+        plain = replace(artifact, digest="sha256:" + "0" * 64, tensors=_without_transitions(artifact))
+        for name, one in (("chain", artifact), ("plain", plain)):
+            scored = evaluation.score(engine, tokenizer, one, table)
+            found[name] = [
+                [labels[output.tags[token]] for token in encoding.first_tokens]
+                for encoding, output in zip(scored.encodings, scored.outputs, strict=True)
+            ]
+    assert any(map(_breaks_bio, found["plain"])) and not any(map(_breaks_bio, found["chain"]))
+
+
+def _without_transitions(artifact: Artifact) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in artifact.tensors.items() if name != "transitions"}
+
+
+def _breaks_bio(tags: list[str]) -> bool:
+    return any(tag[0] == "I" and before[2:] != tag[2:] for before, tag in pairwise(["O", *tags]))
 
 
 def test_regression_answers_in_the_units_of_the_data(tmp_path: Path, backbone: Backbone) -> None:

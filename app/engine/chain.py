@@ -1,0 +1,57 @@
+"""The tags of a text's words as a linear chain: which tag may follow which, and how likely. Knows tensors alone.
+
+The likeliest sequence is Viterbi's (1967), over scores that a head gives to each word and scores of each step from one
+tag to the next, as in a linear-chain conditional random field (Lafferty, McCallum & Pereira 2001).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+TRANSITIONS = "transitions"  # an artifact's tensor [labels + 1, labels]: from (the last: the beginning), to
+_LEAST = 1e-30  # of a probability
+
+
+def decode(probabilities: Tensor, words: Sequence[Sequence[int]], transitions: Tensor) -> Tensor:
+    """Tags [rows, tokens]: of each word's first token as the likeliest sequence has it, of any other the likeliest.
+
+    probabilities [rows, tokens, labels]; words: the first tokens of each row's words, rising.
+    """
+    tags = probabilities.argmax(dim=-1)
+    lengths = [len(tokens) for tokens in words]
+    width = max(lengths, default=0)
+    if not width:
+        return tags
+    # A row's padding repeats its last word, so that writing back what was found there changes nothing.
+    padded = [[*tokens, *[tokens[-1] if tokens else 0] * (width - len(tokens))] for tokens in words]
+    places = torch.tensor(padded).to(tags.device, non_blocking=True)
+    seen = places.unsqueeze(-1).expand(-1, -1, probabilities.shape[-1])
+    scores = probabilities.gather(1, seen).clamp_min(_LEAST).log()
+    found = likeliest(scores, lengths, transitions)
+    is_empty = torch.tensor(lengths).to(tags.device, non_blocking=True).unsqueeze(1) == 0
+    return tags.scatter(1, places, torch.where(is_empty, tags.gather(1, places), found))
+
+
+def likeliest(scores: Tensor, lengths: Sequence[int], transitions: Tensor) -> Tensor:
+    """Tags [rows, words]; behind a row's length they repeat its last.
+
+    scores [rows, words, labels], logarithms; transitions [labels + 1, labels], added to them.
+    """
+    rows, width, labels = scores.shape
+    into = transitions[:-1].t().contiguous()  # [to, from]
+    best = scores[:, 0] + transitions[-1]
+    ends = torch.tensor(lengths).to(scores.device, non_blocking=True).unsqueeze(1)
+    stay = torch.arange(labels, device=scores.device).expand(rows, labels)
+    came_from = []
+    for word in range(1, width):
+        step = (best.unsqueeze(1) + into).max(dim=-1)
+        goes_on = ends > word
+        best = torch.where(goes_on, step.values + scores[:, word], best)
+        came_from.append(torch.where(goes_on, step.indices, stay))
+    path = [best.argmax(dim=-1, keepdim=True)]
+    for before in reversed(came_from):
+        path.append(before.gather(1, path[-1]))
+    return torch.cat(path[::-1], dim=1)
