@@ -33,7 +33,7 @@ from app.learning.combine import check_answers, figures, recipe_of, scores, stor
 from app.learning.learn import Files, Options, learn
 from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
-from app.learning.prepare import Frozen, encode, limit_tokens
+from app.learning.prepare import Frozen, described, encode, limit_tokens
 from app.learning.problems import MEASURES
 from app.learning.rows import LayerPrefix
 from app.learning.study import Tables, Watcher
@@ -187,7 +187,9 @@ class _Work:
         after = {name: evaluation.figures(found, labels, thresholds) for name, found in scored.items()}
         manifest["evaluation"] = after | {"measure": self.measure}
         manifest["details"] = {name: evaluation.details(found, labels, thresholds) for name, found in scored.items()}
-        manifest["data"] = manifest["data"] | _data(self.tables)
+        limit = exact.spec.max_tokens - manifest["position_offset"]
+        measured = {name: described(table, limit) for name, table in self.tables.named.items() if name != "train"}
+        manifest["data"] = (manifest.get("data") or {}) | measured
         manifest["compressed"] = story | {"before": before}
         manifest["prefixes"] = [{name: value for name, value in manifest["prefixes"][0].items() if name != "task"}]
         writer.write_manifest(folder, manifest)
@@ -214,7 +216,6 @@ class _Work:
             "position_offset": position_offset([prefix]),
             "thresholds": [],
             "baselines": {},
-            "data": (manifest.get("data") or {}) | _data(self.tables),
         }
         head = HeadKind(manifest["head"]["kind"])
         # A regression's last layer holds the data's own units, which may be large and close together.
@@ -246,14 +247,6 @@ class _Work:
     def _step(self, manifest: dict[str, Any], head: str, folder: Path) -> tuple[Step, Path]:
         count = manifest["prefixes"][0]["num_virtual_tokens"]
         return Step(count, head, self.dev(manifest["evaluation"]), (folder / TENSORS).stat().st_size), folder
-
-
-def _data(tables: Tables) -> dict[str, Any]:
-    return {
-        name: {"file": table.name, "sha256": table.sha256, "rows": len(table.examples)}
-        for name, table in tables.named.items()
-        if name != "train"
-    }
 
 
 # -- which tokens matter -----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from app.learning.data import Table, read_inputs
 from app.learning.evaluation import Scored
 from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
-from app.learning.prepare import cache_plan, limit_tokens, num_truncated, read_frozen, told_of_truncated
+from app.learning.prepare import cache_plan, described, limit_tokens, read_frozen, told_of_truncated
 from app.learning.problems import MEASURES, Scaling
 from app.learning.recipe import Recipe
 from app.learning.search import Arrangement, Candidate, Found, Point, candidates, passes_of, refinements, search
@@ -408,13 +408,5 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
         },
         "search": [] if learned.found is None else [_point(point) for point in learned.found.points],
         "search_sample": {} if learned.sample is None else {n: rows for n, (rows, _) in asdict(learned.sample).items()},
-        "data": {
-            name: {
-                "file": table.name,
-                "sha256": table.sha256,
-                "rows": len(table.examples),
-                "truncated": num_truncated(table, learned.limit_tokens),
-            }
-            for name, table in tables.named.items()
-        },
+        "data": {name: described(table, learned.limit_tokens) for name, table in tables.named.items()},
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,16 @@ def tokenized(tokenizer: TextTokenizer, table: Table) -> Table:
 
 def num_truncated(table: Table, limit: int) -> int:
     return sum(example.num_tokens > limit for example in table.examples)
+
+
+def described(table: Table, limit: int) -> dict[str, Any]:
+    """What a manifest says of a table; `limit`: tokens of a text that are read."""
+    return {
+        "file": table.name,
+        "sha256": table.sha256,
+        "rows": len(table.examples),
+        "truncated": num_truncated(table, limit),
+    }
 
 
 def told_of_truncated(tables: Iterable[Table], limit: int) -> list[str]:

@@ -26,6 +26,7 @@ from app.engine.artifact import MANIFEST, TENSORS
 from app.errors import DataError, SettingsError
 
 STORED = torch.float16
+_ROOM_BYTES = 8_000_000  # asked for before hours of training: most artifacts take a megabyte
 _NUMBERS = re.compile(r"\[\n[-\d.eE+,\s]*\]")  # of numbers; no text matches: JSON escapes its line breaks
 
 
@@ -55,12 +56,19 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_out(out: Path) -> None:
-    """Raise SettingsError where `out` holds something that is not an artifact."""
+    """Raise SettingsError where `out` holds something that is not an artifact, or its disk has no room for one."""
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_empty and not (out / MANIFEST).is_file():
         raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
     if not is_empty and any(child.is_dir() for child in out.iterdir()):
         raise SettingsError(f"{out} holds folders, which may be other versions: name a folder of its own with --out")
+    there = next(folder for folder in (out, *out.parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < _ROOM_BYTES:
+        raise SettingsError(
+            f"the disk of {there} has {free / 1e6:.1f} MB left, and an artifact with its report may take "
+            f"{_ROOM_BYTES / 1e6:.0f} MB: make room there, or name another folder with --out"
+        )
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], exact: Collection[str] = ()) -> None:

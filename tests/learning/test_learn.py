@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -384,6 +385,17 @@ def test_a_full_disk_is_told_with_what_to_do(
     ):
         learned(tmp_path, files_of(tmp_path, samples.single_rows, count=40), backbone, epochs=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_nearly_full_is_told_before_anything_is_trained(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = Silent()
+    with monkeypatch.context() as patch, pytest.raises(SettingsError, match=r"1\.0 MB left.*--out"):
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+        files = files_of(tmp_path, samples.single_rows, count=40)
+        learn(recipe(epochs=1), files, tmp_path / "new" / "out", (backbone, backbone), watcher)
+    assert not watcher.stages and not (tmp_path / "new").exists()
 
 
 def test_a_draft_without_its_manifest_is_refused(tmp_path: Path, backbone: Backbone) -> None:
