@@ -64,7 +64,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
         type=_arrangements,
         default=_ARRANGEMENTS,
         metavar="NAME,NAME",
-        help=(f"of trunk, late, full, combination; default {names}"),
+        help=f"of {names}; default all",
     )
     group.add_argument("--compose", choices=["auto"], help="choose among the pool's prefixes and their combinations")
     group.add_argument(
@@ -121,7 +121,7 @@ _RATES = (
     "dropout",
     "class_weight_power",
 )
-_ARRANGEMENTS = (Arrangement.TRUNK, Arrangement.LATE, Arrangement.COMBINATION)
+_ARRANGEMENTS = tuple(Arrangement)
 _REQUIRED = ("task", "train", "out")
 _CHOICES = ("readout", "read_layers", "num_virtual_tokens", "first_layer", "prefixes")  # any of them ends the search
 _HIDDEN = "width of the head's hidden layer, 0: a linear head; default by labels: 32 up to 8, 64 up to 100, else 96"

@@ -11,13 +11,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from app.domain import BackboneSpec, ProblemType, ReadoutKind
+from app.domain import BackboneSpec, InputKind, ProblemType, ReadoutKind
 from app.errors import SettingsError
 from app.learning.prepare import read_frozen
 from app.learning.recipe import Recipe
 from app.learning.study import Fitted, Study
 
-NUM_VIRTUAL_TOKENS = 16
+NUM_VIRTUAL_TOKENS, PAIR_VIRTUAL_TOKENS = 16, 32  # to compare two texts takes more
 
 Report = Callable[[str, float, float, float], None]  # of each candidate: name, passes, dev score, seconds
 
@@ -91,7 +91,7 @@ def _recipes(
     given: Collection[str],
 ) -> Iterator[tuple[str, Recipe]]:
     top = study.backbone.spec.num_layers
-    is_token = study.tables.problem_type is ProblemType.TOKEN
+    is_token, is_pair = study.tables.problem_type is ProblemType.TOKEN, study.tables.train.input_kind is InputKind.PAIR
     readout = "tokens" if is_token else "attention"
     if Arrangement.TRUNK in arrangements:
         if not is_token and not {"hidden", "num_queries"} & set(given):
@@ -102,19 +102,22 @@ def _recipes(
         yield f"bare trunk, {readout} of all layers", replace(base, read_layers=tuple(range(1, top + 1)))
     if Arrangement.LATE in arrangements:
         for first_layer in sorted({2 * top // 3, top // 2}, reverse=True):
-            yield f"own prefix from layer {first_layer}, {readout}", _own_prefix(base, first_layer)
+            yield f"own prefix from layer {first_layer}, {readout}", _own_prefix(base, first_layer, is_pair)
     if Arrangement.COMBINATION in arrangements and pool:
         yield f"{len(pool)} prefixes combined, {readout}", replace(base, prefixes=tuple(pool))
     if Arrangement.FULL in arrangements:
-        yield f"own prefix from layer 0, {readout}", _own_prefix(base, 0)
+        yield f"own prefix from layer 0, {readout}", _own_prefix(base, 0, is_pair)
 
 
-def _own_prefix(base: Recipe, first_layer: int) -> Recipe:
-    return replace(base, num_virtual_tokens=NUM_VIRTUAL_TOKENS, first_layer=first_layer)
+def _own_prefix(base: Recipe, first_layer: int, is_pair: bool) -> Recipe:
+    count = PAIR_VIRTUAL_TOKENS if is_pair else NUM_VIRTUAL_TOKENS
+    return replace(base, num_virtual_tokens=count, first_layer=first_layer)
 
 
-def refinements(chosen: Candidate, given: Collection[str] = ()) -> Iterator[tuple[str, Recipe]]:
-    """Other rates and sizes of one arrangement, one change at a time; what was given stays."""
+def refinements(
+    chosen: Candidate, given: Collection[str] = (), problem_type: ProblemType = ProblemType.SINGLE_LABEL
+) -> Iterator[tuple[str, Recipe]]:
+    """Other rates, sizes and weights of one arrangement, one change at a time; what was given stays."""
     recipe = chosen.recipe
     changes: list[tuple[str, str, Any]] = [
         ("rate ÷ 3", "learning_rate", recipe.learning_rate / 3),
@@ -122,6 +125,11 @@ def refinements(chosen: Candidate, given: Collection[str] = ()) -> Iterator[tupl
     ]
     if recipe.hidden:
         changes.append(("dropout 0.1", "dropout", 0.1))
+    if recipe.readout is ReadoutKind.ATTENTION and recipe.num_queries:
+        more = 2 * recipe.num_queries
+        changes.append((f"{more} queries a layer", "num_queries", more))
+    if problem_type is ProblemType.MULTI_LABEL:  # a mean over labels, which the loss is not
+        changes.append(("rare labels count more", "class_weight_power", 0.5))
     if recipe.num_virtual_tokens:
         more = 2 * recipe.num_virtual_tokens
         changes.append(("prefix rate ÷ 3", "prefix_learning_rate", recipe.prefix_learning_rate / 3))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.domain import ReadoutKind
+from app.domain import ProblemType, ReadoutKind
 from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
@@ -244,6 +244,27 @@ def test_what_was_given_stays_in_a_search(tmp_path: Path, backbone: Backbone) ->
     found = candidates(recipe(), study, ALL, (), given)
     tried = [c.recipe for c in found] + [r for c in found for _, r in refinements(c, given)]
     assert {(r.learning_rate, r.dropout, r.hidden) for r in tried} == {(5e-3, 0.1, 16)}
+
+
+def test_what_is_refined_goes_by_the_problem(tmp_path: Path, backbone: Backbone) -> None:
+    rows = {ProblemType.SINGLE_LABEL: samples.single_rows, ProblemType.MULTI_LABEL: samples.multi_rows}
+    weights = dict[ProblemType, set[float]]()
+    for kind, of_kind in rows.items():
+        (tmp_path / kind).mkdir()
+        found = candidates(recipe(), study_of(files_of(tmp_path / kind, of_kind, count=60), backbone), ALL, ())
+        tried = [r for c in found for _, r in refinements(c, (), kind)]
+        weights[kind] = {r.class_weight_power for r in tried}
+        assert {r.num_queries for r in tried if r.readout is ReadoutKind.ATTENTION} == {2, 4}
+    assert weights == {ProblemType.SINGLE_LABEL: {0.0}, ProblemType.MULTI_LABEL: {0.0, 0.5}}
+
+
+def test_two_texts_take_more_virtual_tokens(tmp_path: Path, backbone: Backbone) -> None:
+    counts = []
+    for name, rows in (("texts", samples.single_rows), ("pairs", samples.pair_rows)):
+        (tmp_path / name).mkdir()
+        found = candidates(recipe(), study_of(files_of(tmp_path / name, rows, count=60), backbone), ALL, ())
+        counts.append({c.recipe.num_virtual_tokens for c in found})
+    assert counts == [{0, 16}, {0, 32}]
 
 
 def test_the_prefixes_of_others_are_those_that_are_finished(backbone: Backbone, pool: tuple[Path, ...]) -> None:
