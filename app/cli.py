@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from app.client import audit, comparison, control, drift, index, inference, keys, publish, releases, top, why
+from app.client import audit, comparison, control, drift, index, inference, keys, publish, pull, releases, top, why
 from app.client.http import MisuseError, Server, add_server_options, settings_of
 from app.client.setting_options import add_setting_options, given_settings
 from app.config import Settings
@@ -28,7 +28,7 @@ _LEARNING = {  # command → its module in app.learning, and what it does
     "baseline": ("baseline_command", "measure anew what live texts are compared with, to see them drift"),
     "experiment": ("experiment_command", "compare combined prefixes with other ways, on data of yours"),
 }
-_CLIENTS = (inference, publish, control, comparison, drift, releases, audit, why, keys, index, top)
+_CLIENTS = (inference, publish, pull, control, comparison, drift, releases, audit, why, keys, index, top)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
