@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from app.cli import main
+from app.client.http import Server
+from app.client.pull import pull_live
 from app.domain import content_digest
-from tests.client.conftest import Done, Run
+from tests.client.conftest import Done, Run, write_folder
 from tests.client.recorded import answering
 
 FILES = {"manifest.json": b"{}", "adapter_model.safetensors": b"tensors"}
@@ -66,6 +68,16 @@ def test_a_version_that_is_none_is_a_wrong_call(wanted: str, capsys: pytest.Capt
         main(["pull", wanted, "--out", "out"])
     assert stopped.value.code == 2
     assert "is not a version like spam@3" in capsys.readouterr().err
+
+
+def test_of_the_tasks_that_are_asked_for_the_live_ones_are_pulled(
+    run: Run, url: str, second: str, tmp_path: Path
+) -> None:
+    run("promote", second)
+    run("publish", str(write_folder(tmp_path / "candidate", "candidate")))
+    champions = pull_live(Server(url), ["spam", "candidate", "new"], tmp_path / "live")
+    assert champions["spam"] == 2 and champions["intent"] == 2 and "candidate" not in champions
+    assert [path.name for path in (tmp_path / "live").iterdir()] == ["spam"]
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------
