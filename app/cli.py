@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from app.client import audit, comparison, control, drift, index, inference, keys, publish, releases, top, why
+from app.client import audit, comparison, control, drift, index, inference, keys, publish, pull, releases, top, why
 from app.client.http import MisuseError, Server, add_server_options, settings_of
 from app.client.setting_options import add_setting_options, given_settings
 from app.config import Settings
-from app.errors import ManifoldError
+from app.errors import ManifoldError, UnavailableError
 from app.rollout import printable
 
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
@@ -28,7 +30,7 @@ _LEARNING = {  # command → its module in app.learning, and what it does
     "baseline": ("baseline_command", "measure anew what live texts are compared with, to see them drift"),
     "experiment": ("experiment_command", "compare combined prefixes with other ways, on data of yours"),
 }
-_CLIENTS = (inference, publish, control, comparison, drift, releases, audit, why, keys, index, top)
+_CLIENTS = (inference, publish, pull, control, comparison, drift, releases, audit, why, keys, index, top)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +102,8 @@ def _add_learning(parser: argparse.ArgumentParser, name: str, module: str) -> No
     parser.set_defaults(run=command.run)
     if name == "learn":
         _add_publishing(parser, command.run)
+    elif name == "pack":
+        _add_pulling(parser, command.run)
 
 
 def _add_publishing(parser: argparse.ArgumentParser, learn: Callable[[argparse.Namespace], int]) -> None:
@@ -121,6 +125,28 @@ def _learn_and_publish(options: argparse.Namespace, learn: Callable[[argparse.Na
     if status == 0:
         publish.publish_folder(server, options.out)
     return status
+
+
+def _add_pulling(parser: argparse.ArgumentParser, pack: Callable[..., int]) -> None:
+    group = parser.add_argument_group("the server whose champions are live, without --live")
+    add_server_options(group)
+    parser.set_defaults(run=lambda options: pack(options, _puller(options)))
+
+
+def _puller(options: argparse.Namespace) -> Callable[[Collection[str], Path], Mapping[str, int]] | None:
+    """None where a folder has what is live."""
+    if options.live is None:
+        return partial(_pull_live, Server.of(options))
+    if options.url is not None:
+        raise MisuseError("--live and --url both say where the live artifacts are: give one of them")
+    return None
+
+
+def _pull_live(server: Server, names: Collection[str], folder: Path) -> Mapping[str, int]:
+    try:
+        return pull.pull_live(server, names, folder)
+    except UnavailableError as error:
+        raise UnavailableError(f"{error}; or give a folder of the live artifacts with --live") from error
 
 
 if __name__ == "__main__":

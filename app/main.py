@@ -21,6 +21,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.middleware import Middleware
 
 from app.api import (
+    artifacts,
     audit,
     comparison,
     control,
@@ -72,7 +73,21 @@ from app.telemetry.tracing import NOT_TRACING, Tracing
 logger = logging.getLogger("manifold")
 
 _LAG_EVERY_S = 0.25
-_ROUTED = (predict, embeddings, comparison, tasks, drift, control, releases, audit, predictions, keys, index, health)
+_ROUTED = (
+    predict,
+    embeddings,
+    comparison,
+    tasks,
+    drift,
+    control,
+    artifacts,
+    releases,
+    audit,
+    predictions,
+    keys,
+    index,
+    health,
+)
 _DESCRIPTION = "One text in, every prediction out: a frozen encoder, one shared pass, many tasks."
 
 

@@ -33,6 +33,7 @@ from app.rollout import (
 from app.service.catalog import Catalog
 from app.service.comparison import Comparison, compare
 from app.service.ports import IndexState, Published
+from app.service.resolve import find_record, find_version
 
 _NOW_S = 1_700_000_000.0
 
@@ -86,6 +87,13 @@ class FakeRollout:
         )
         (version,) = (v for v in record.versions.values() if v.digest == digest)
         return Published(version, self.view.generation, version.version not in numbers)
+
+    def artifact(self, task: str, version: int) -> tuple[VersionRecord, Mapping[str, bytes]]:
+        with self._index():
+            record = find_version(find_record(self.catalog.snapshot, task), version)
+            if record.digest not in self.files:
+                raise NotFoundError(f"the artifact store has no artifact {record.digest}")
+            return record, self.files[record.digest]
 
     def decide(
         self, principal: Principal, task: str, version: int, state: State, reason: str

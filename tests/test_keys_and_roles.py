@@ -259,6 +259,7 @@ OPERATIONS: list[tuple[str, str, Any, frozenset[Role]]] = [
     ("GET", "/v1/tasks", None, ANY),
     ("GET", "/v1/tasks/spam", None, ANY),
     ("GET", "/v1/tasks/spam/versions/1", None, ANY),
+    ("GET", "/v1/tasks/spam/versions/1/artifact", None, frozenset({Role.PUBLISH, Role.APPROVE, Role.OPERATE})),
     ("GET", "/v1/tasks/spam/comparison", None, ANY),
     ("GET", "/v1/drift", None, ANY),
     ("GET", "/v1/releases", None, ANY),

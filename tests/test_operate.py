@@ -176,6 +176,7 @@ def test_every_operation_of_the_api_has_a_command_and_every_command_prints_json_
         "predict hello --task all", "audit", "audit --verify", "index", "index show", "keys list", "drift",
     ):  # fmt: skip
         assert isinstance(shell.json(*step.split()), dict), step
+    assert shell.json("pull", "all@1", "--out", str(tmp_path / "pulled"))["version"] == 1
     for step in ("tasks", "tasks all", "compare all", "releases list", "audit", "index", "keys list", "drift"):
         words = shell.say(*step.split())
         assert words.strip() and not words.lstrip().startswith("{"), step
@@ -195,7 +196,7 @@ def test_every_operation_of_the_api_has_a_command_and_every_command_prints_json_
     operations = [(m.upper(), path) for path, methods in document["paths"].items() for m in methods if path not in free]
     assert len(operations) > 20
     without = [(m, path) for m, path in operations if not any(m == n and fits(path, p) for n, p in asked)]
-    assert without == [("GET", "/v1/tasks/{task}/versions/{version}")]  # `tasks TASK` shows them all
+    assert without == []
 
 
 def fits(template: str, path: str) -> bool:
@@ -280,6 +281,44 @@ def test_a_folder_straight_from_peft_is_published_and_gives_pefts_own_numbers(
         assert result["mood"]["scores"] == pytest.approx(scores, abs=2e-5)
         assert result["mood"]["label"] == max(scores, key=lambda label: scores[label])
     assert shell.json("publish", folder, "--task", "mood", *options)["version"] == 1  # the same content again
+
+
+# -- artifacts that come back ------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_what_was_handed_in_comes_back_byte_for_byte(
+    shell: CommandLine, spec: BackboneSpec, make: Make, tmp_path: Path
+) -> None:
+    first, second = make("back", 0), add_prefix(make("back", 1), spec, 4)
+    out = str(tmp_path / "champion")
+    for folder in (first, second):
+        shell.say("publish", str(folder), "--approve")
+    assert "no version of back is live: name one, as in back@1" in shell.refused("pull", "back", "--out", out)
+    shell.say("promote", "back@1")
+    told = shell.say("pull", "back", "--out", out)
+    assert told.startswith(f"back@1 is in {out} (") and "next: manifold publish" in told
+    shell.say("pull", "back@2", "--out", str(tmp_path / "second"))
+    assert contents(tmp_path / "champion") == contents(first)
+    assert contents(tmp_path / "second") == contents(second)
+    assert shell.json("publish", str(tmp_path / "second"))["version"] == 2
+    assert "task back has no version 3" in shell.refused("pull", "back@3", "--out", str(tmp_path / "third"))
+
+
+def test_a_folder_straight_from_peft_comes_back_with_a_manifest(
+    shell: CommandLine, tuned: PeftModel, tmp_path: Path
+) -> None:
+    given = ("--problem-type", "single_label_classification", "--labels", "sad,calm,happy")
+    record = shell.json("publish", str(tmp_path / "peft"), "--task", "moods", *given)
+    shell.say("pull", "moods@1", "--out", str(tmp_path / "pulled"))
+    pulled = contents(tmp_path / "pulled")
+    assert json.loads(pulled.pop(MANIFEST))["labels"] == ["sad", "calm", "happy"]
+    assert pulled == {name: (tmp_path / "peft" / name).read_bytes() for name in ("adapter_config.json", TENSORS)}
+    again = shell.json("publish", str(tmp_path / "pulled"))  # which now says all by itself
+    assert (again["task"], again["version"], again["digest"]) == ("moods", 1, record["digest"])
 
 
 # -- artifacts with faults ---------------------------------------------------------------------------------------------

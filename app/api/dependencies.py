@@ -34,13 +34,13 @@ async def _snapshot(request: Request) -> Snapshot:
     return runtime.catalog.snapshot
 
 
-def requires(role: Role) -> Any:
-    """What an endpoint depends on that only a principal with this role may ask."""
+def requires(*roles: Role) -> Any:
+    """What an endpoint depends on that only a principal with one of these roles may ask."""
 
     async def require(request: Request) -> Principal:
         principal: Principal = request.state.principal
         runtime: Runtime = request.state.runtime
-        runtime.access.require(principal, role)
+        runtime.access.require(principal, *roles)
         return principal
 
     return Depends(require)

@@ -90,10 +90,17 @@ class Server:
 
     def read(self, path: str) -> str:
         """The answer as text. Raises ManifoldError with a sentence where it is an error."""
+        return self._get(path).text
+
+    def download(self, path: str) -> bytes:
+        """The answer as it came. Raises ManifoldError with a sentence where it is an error."""
+        return self._get(path).content
+
+    def _get(self, path: str) -> httpx2.Response:
         response = self._send("GET", path, headers={})
         if not response.is_success:
             self._decode(response)  # raises, unless what answers there is not Manifold
-        return response.text
+        return response
 
     def upload(self, path: str, files: Mapping[str, bytes], fields: Mapping[str, str]) -> tuple[Any, bool]:
         """Files and fields of a form; the answer, and whether it says that something was made."""

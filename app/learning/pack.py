@@ -6,7 +6,7 @@ nothing but prefixes for its own use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -199,10 +199,15 @@ def find_live(folder: Path, names: Sequence[str], spec: BackboneSpec) -> dict[st
 
 
 def read_tasks(
-    members: Sequence[Member], live: Mapping[str, tuple[Path, Artifact]], exact: Backbone, watcher: Watcher
+    members: Sequence[Member],
+    live: Mapping[str, tuple[Path, Artifact]],
+    exact: Backbone,
+    watcher: Watcher,
+    others: Collection[str] = (),
 ) -> list[Task]:
+    """`others`: live tasks beside those in `live`, for the notice alone."""
     names = [member.recipe.task for member in members]
-    left_out = sorted(set(live) - set(names))
+    left_out = sorted({*live, *others} - set(names))
     if left_out:
         watcher.notice([f"live tasks that take no part stay as they are: {', '.join(left_out)}"])
     tokenizer = TextTokenizer(exact.path)

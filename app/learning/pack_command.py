@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from rich.text import Text
 from app.domain import ProblemType
 from app.errors import SettingsError
 from app.learning import command, jobs
-from app.learning.pack import Limits, Member
+from app.learning.pack import Limits, Member, check
 from app.learning.release import conclusions, cost, curve_rows, propose, task_rows
-from app.learning.study import Files
+from app.learning.study import Files, Watcher
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
 
 _DESCRIPTION = """Propose a release in which many tasks cost about one pass.
@@ -26,12 +28,18 @@ Each task reads the bare trunk, or shares a branch with others, whichever is the
 best arrangement that is found for it. Nothing is published: the new versions are written to a folder."""
 
 
+# Puts the live artifacts of these tasks into a folder, one folder a task; returns the champion of every live task.
+Pull = Callable[[Collection[str], Path], Mapping[str, int]]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Limits()
     parser.description = _DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the tasks, as for manifold learn")
-    parser.add_argument("--live", type=Path, required=True, metavar="DIR", help="artifacts of the tasks as they are")
+    parser.add_argument(
+        "--live", type=Path, metavar="DIR", help="artifacts of the tasks as they are; default: a server's champions"
+    )
     parser.add_argument("--tasks", type=_names, metavar="NAME,NAME", help="default: all of the file")
     parser.add_argument(
         "--tolerance",
@@ -55,19 +63,38 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(",") if part)
 
 
-def run(args: argparse.Namespace) -> int:
-    """0; 1 with one sentence on stderr; 130 where it was interrupted."""
-    return guarded("pack", lambda: _run(args))
+def run(args: argparse.Namespace, pull: Pull | None = None) -> int:
+    """0; 1 with one sentence on stderr; 130 where it was interrupted. `pull`: where no folder of live artifacts is."""
+    return guarded("pack", lambda: _run(args, pull))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, pull: Pull | None) -> int:
     members = _members(args.config, args.tasks)
     limits = Limits(args.tolerance / 100, args.max_passes)
+    check(members, limits, args.out)
     console = Console()
-    with Screen(console) as screen:
-        release = propose(members, args.live, args.out, backbones(args), screen, limits)
+    names = [member.recipe.task for member in members]
+    with Screen(console) as screen, _live(args.live, pull, names, screen) as (live, others):
+        release = propose(members, live, args.out, backbones(args), screen, limits, others)
     _show(release, args.out, console)
     return 0
+
+
+@contextmanager
+def _live(
+    folder: Path | None, pull: Pull | None, names: Sequence[str], watcher: Watcher
+) -> Iterator[tuple[Path, Collection[str]]]:
+    """A folder of the live artifacts, and the live tasks that are not in it. What was pulled ends with the block."""
+    if folder is not None:
+        yield folder, ()
+    elif pull is None:
+        raise SettingsError("nothing says what is live: name the folder of the live artifacts with --live")
+    else:
+        with tempfile.TemporaryDirectory(prefix="manifold-live-") as pulled:
+            champions = pull(names, Path(pulled))
+            taken = [f"{name}@{champions[name]}" for name in names if name in champions]
+            watcher.notice([f"live on the server: {', '.join(taken) or 'none of these tasks'}"])
+            yield Path(pulled), champions.keys() - set(names)
 
 
 def _members(config: Path, names: Sequence[str] | None) -> list[Member]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,19 @@ def propose(
     backbones: tuple[Backbone, Backbone],
     watcher: Watcher,
     limits: Limits | None = None,
+    others: Collection[str] = (),
 ) -> dict[str, Any]:
     """Find the cheapest arrangement of these tasks and write a release to `out`: see `release.json`, which is returned.
 
-    `live_folder`: artifacts of the tasks as they are now. `backbones`: one to train on, one in float32 to measure with.
-    Raises a ManifoldError; whatever happens, `out` is never half written.
+    `live_folder`: artifacts of the tasks as they are now, read until this returns. `others`: live tasks that are not in
+    it and take no part. `backbones`: one to train on, one in float32 to measure with. Raises a ManifoldError; whatever
+    happens, `out` is never half written.
     """
     limits = limits or Limits()
     check(members, limits, out)
     backbone, exact = backbones
     live = find_live(live_folder, [member.recipe.task for member in members], exact.spec)
-    tasks = read_tasks(members, live, exact, watcher)
+    tasks = read_tasks(members, live, exact, watcher, others)
     with writer.new_folder(out) as folder:
         work = folder / ".work"
         work.mkdir()

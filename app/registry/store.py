@@ -83,6 +83,11 @@ class ArtifactStore:
             self._keep(folder, digest, files)
         return folder
 
+    def read(self, digest: str) -> dict[str, bytes]:
+        """The artifact's files by name, as they were put. Raises as `fetch` does, and puts nothing into the cache."""
+        files = self._read_cached(self._cache / self._hex(digest), digest)
+        return files if files is not None else self._download(digest)
+
     def missing(self, digests: Iterable[str]) -> set[str]:
         """Those that the store cannot give: not there, or not all of it. Reads trees, not files."""
         distinct = list(dict.fromkeys(digests))
@@ -188,19 +193,23 @@ class ArtifactStore:
     # -- the cache -----------------------------------------------------------------------------------------------------
 
     def _is_cached(self, folder: Path, digest: str) -> bool:
-        """Whether the folder is there and whole; a damaged one is dropped."""
+        return self._read_cached(folder, digest) is not None
+
+    def _read_cached(self, folder: Path, digest: str) -> dict[str, bytes] | None:
+        """The files of a folder that is there and whole; a damaged one is dropped."""
         try:
             os.utime(folder)  # first: from here on `trim` leaves it alone
-            if content_digest({file.name: file.read_bytes() for file in folder.iterdir()}) == digest:
-                return True
+            files = {file.name: file.read_bytes() for file in folder.iterdir()}
+            if content_digest(files) == digest:
+                return files
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
             logger.warning("the cached artifact %s cannot be read (%s) and is fetched again", folder, error)
         else:
             logger.warning("the cached artifact %s is damaged and is fetched again", folder)
         _drop(folder)
-        return False
+        return None
 
     def _keep(self, folder: Path, digest: str, files: Mapping[str, bytes]) -> None:
         partial = _aside(folder)

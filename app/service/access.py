@@ -78,11 +78,12 @@ class Access:
         self._note(f"{_UNKNOWN}{client}", "authenticate", None, sentence, details)
         raise UnauthorizedError(sentence)
 
-    def require(self, principal: Principal, role: Role) -> None:
-        """Raises ForbiddenError where the role is missing."""
-        if not principal.has(role):
+    def require(self, principal: Principal, *roles: Role) -> None:
+        """Raises ForbiddenError where the principal has none of the roles."""
+        if not any(principal.has(role) for role in roles):
+            needed = " or ".join(roles)
             raise ForbiddenError(
-                f"this needs a key with the role {role}, and {principal.name} has {_listed(principal)}"
+                f"this needs a key with the role {needed}, and {principal.name} has {_listed(principal)}"
             )
 
     def refused(self, principal: Principal, what: str, sentence: str) -> None:

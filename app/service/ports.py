@@ -104,6 +104,10 @@ class RolloutPort(Protocol):
         """`options`: problem_type, labels, input, as far as they were given. Raises ArtifactError with every fault."""
         ...
 
+    def artifact(self, task: str, version: int) -> tuple[VersionRecord, Mapping[str, bytes]]:
+        """The version's files by name, as they were handed in. Raises ArtifactError where they are damaged."""
+        ...
+
     def decide(
         self, principal: Principal, task: str, version: int, state: State, reason: str
     ) -> tuple[VersionRecord, int]: ...

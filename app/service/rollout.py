@@ -36,7 +36,7 @@ from app.service.hot_swap import Follower
 from app.service.loading import Loader
 from app.service.losses import Loss
 from app.service.ports import IndexState, Published
-from app.service.resolve import find_record
+from app.service.resolve import find_record, find_version
 from app.telemetry.metrics import Metrics
 
 T = TypeVar("T")
@@ -86,6 +86,10 @@ class Rollout:
             self._index.publish(principal.name, task, new.digest, new.card, new.size_bytes, reason)
         )
         return Published(record, generation, not is_known)
+
+    def artifact(self, task: str, version: int) -> tuple[VersionRecord, Mapping[str, bytes]]:
+        record = find_version(find_record(self._follower.catalog.snapshot, task), version)
+        return record, self._store.read(record.digest)
 
     def decide(
         self, principal: Principal, task: str, version: int, state: State, reason: str

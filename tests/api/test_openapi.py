@@ -32,6 +32,7 @@ WITH_INPUT = {
     ("POST", "/v1/embeddings"): OFTEN,
     ("GET", TASK): SOMETIMES,
     ("GET", VERSION): SOMETIMES,
+    ("GET", f"{VERSION}/artifact"): SOMETIMES,
     ("GET", f"{TASK}/comparison"): SOMETIMES,
     ("POST", f"{TASK}/versions"): OFTEN,
     ("POST", f"{VERSION}/approve"): SOMETIMES,
@@ -51,7 +52,8 @@ WITH_INPUT = {
     ("POST", "/v1/index/restore"): SOMETIMES,
     ("POST", "/v1/index/accept"): SOMETIMES,
 }
-SELDOM_RIGHT = {  # these want what no generator knows: a kept answer, an id, a candidate, a loss, versions that fit
+SELDOM_RIGHT = {  # these want what no generator knows: a kept answer or artifact, an id, a loss, versions that fit
+    ("GET", f"{VERSION}/artifact"),
     ("POST", f"{TASK}/versions"),
     ("POST", f"{VERSION}/reject"),
     ("POST", f"{VERSION}/retire"),

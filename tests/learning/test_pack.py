@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from app.cli import main
+from app.config import Settings
 from app.domain import Encoding, TaskVersion
 from app.engine.artifact import Artifact, read_artifact
 from app.engine.backbone import Backbone
@@ -25,7 +28,12 @@ from app.learning.pack import Limits, Member
 from app.learning.recipe import Recipe
 from app.learning.release import propose
 from app.learning.trainer import Epoch
+from app.main import create_app
+from app.service.runtime import Runtime
+from tests.fake_rollout import FakeRollout
+from tests.fakes import snapshot_of
 from tests.learning import samples
+from tests.serving import running
 
 # A head that hardly learns: what it lacks, a prefix gives it.
 WEAK = {"hidden": 0, "learning_rate": 1e-5, "query_learning_rate": 1e-4, "prefix_learning_rate": 0.3, "dropout": 0.0}
@@ -295,6 +303,71 @@ def test_an_interrupt_leaves_nothing(packed: Packed, tmp_path: Path, backbone: B
     assert not list((tmp_path / "place").iterdir())
 
 
+# -- what is live on a server ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weak_tasks(packed: Packed, tmp_path: Path) -> Path:
+    """The config of `mood`, which is live with a prefix, and of `twin`, which is new."""
+    lines = ["[defaults]", "epochs = 4", "batch_size = 4", "num_virtual_tokens = 8"]
+    lines += [f"{name} = {value}" for name, value in WEAK.items()]
+    for name in ("mood", "twin"):
+        files = packed.files[name]
+        lines += [f"[tasks.{name}]", f'train = "{files.train}"', f'dev = "{files.dev}"', f'test = "{files.test}"']
+    path = tmp_path / "tasks.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def live_server(
+    packed: Packed, settings: Settings, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> Iterator[str]:
+    """Where a server is that has the artifacts of the folder as champions."""
+    assert isinstance(runtime.rollout, FakeRollout)
+    runtime.rollout.separate, runtime.catalog.snapshot = False, snapshot_of()
+    with running(create_app(settings, runtime)) as url:
+        for name in ("plain", "mood"):
+            assert main(["publish", str(packed.live / name), "--approve", "--url", url]) == 0
+            assert main(["promote", f"{name}@1", "--url", url]) == 0
+        capsys.readouterr()
+        yield url
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """But for reports, which tell how long it took."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "report.html"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_what_is_live_on_a_server_gives_the_release_that_its_folder_gives(
+    packed: Packed,
+    live_server: str,
+    weak_tasks: Path,
+    model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No prefix but the live one can be moved to, so it is read until the release is written."""
+    monkeypatch.setattr("app.learning.pack.Search._first_layers", lambda search: [2])
+    monkeypatch.setattr("app.learning.pack._own_prefixes", lambda tasks, first_layer: ())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    pack = ["pack", "--config", str(weak_tasks), "--model", str(model_path), "--dtype", "float32"]
+    assert main([*pack, "--live", str(packed.live), "--out", str(tmp_path / "folder")]) == 0
+    told = capsys.readouterr().out
+    assert main([*pack, "--url", live_server, "--out", str(tmp_path / "server")]) == 0
+    shown = capsys.readouterr().out
+    release = json.loads((tmp_path / "server" / "release.json").read_text())
+    assert release["tasks"]["twin"]["reads"] == "mood's live from layer 0" and release["tasks"]["twin"]["is_new"]
+    assert contents(tmp_path / "server") == contents(tmp_path / "folder")
+    assert "note: live on the server: mood@1\n" in shown and "live on the server" not in told
+    for out in (told, shown):
+        assert "note: live tasks that take no part stay as they are: plain\n" in out
+    assert not list((tmp_path / "temporary").glob("manifold-live-*"))
+
+
 # -- as it is typed ----------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +418,26 @@ def test_what_is_wrong_is_one_sentence(
 ) -> None:
     assert run(*arguments, *given) == 1
     assert capsys.readouterr().err == f"manifold pack: {sentence}\n"
+
+
+def test_without_a_folder_and_without_a_server_it_says_what_to_give(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = arguments[: arguments.index("--live")] + arguments[arguments.index("--live") + 2 :]
+    assert run(*without) == 1
+    assert "name the folder of the live artifacts with --live" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("MANIFOLD_PORT", str(port))
+    assert main(["pack", *without]) == 1
+    assert capsys.readouterr().err == (
+        f"manifold pack: nothing answers at http://127.0.0.1:{port}: start a server with `manifold serve`, "
+        "or say with --url where it is; or give a folder of the live artifacts with --live\n"
+    )
+    assert main(["pack", *arguments, "--url", "http://127.0.0.1:9"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main(["pack", *without, "--max-passes", "0"]) == 1
+    assert "--max-passes must be 1 or more" in capsys.readouterr().err, "nothing is asked of a server before"
 
 
 def test_an_interrupted_training_writes_nothing(

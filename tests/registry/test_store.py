@@ -78,6 +78,24 @@ def test_what_is_put_comes_back(store: ArtifactStore, place: Path, tmp_path: Pat
     assert not leftovers(place, tmp_path)
 
 
+def test_what_is_only_read_does_not_fill_the_cache(store: ArtifactStore, place: Path, tmp_path: Path) -> None:
+    store.put(FILES)
+    assert store.read(DIGEST) == FILES
+    assert not list((tmp_path / "cache").iterdir())
+    store.fetch(DIGEST)
+    shutil.rmtree(place)
+    assert store.read(DIGEST) == FILES, "the cache has it"
+
+
+def test_what_is_read_is_never_what_was_damaged(store: ArtifactStore, place: Path) -> None:
+    store.put(FILES)
+    (store.fetch(DIGEST) / "manifest.json").write_bytes(b"{}")
+    assert store.read(DIGEST) == FILES
+    blob(place, FILES["manifest.json"]).write_bytes(b"{}")
+    with pytest.raises(ArtifactError, match="manifest.json is damaged"):
+        store.read(DIGEST)
+
+
 def test_the_layout_is_addressed_by_content(store: ArtifactStore, place: Path) -> None:
     store.put(FILES)
     for content in FILES.values():
@@ -244,7 +262,13 @@ def test_many_put_and_fetch_the_same_at_once(place: Path, tmp_path: Path) -> Non
 
 def test_a_store_that_cannot_be_reached_is_told(tmp_path: Path, place: Path, store: ArtifactStore) -> None:
     place.write_bytes(b"a file where the folder should be")
-    for attempt in (lambda: store.put(FILES), lambda: store.fetch(DIGEST), lambda: store.missing([DIGEST])):
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: store.put(FILES),
+        lambda: store.fetch(DIGEST),
+        lambda: store.read(DIGEST),
+        lambda: store.missing([DIGEST]),
+    )
+    for attempt in attempts:
         with pytest.raises(UnavailableError, match=f"the artifact store file://{place} cannot be"):
             attempt()
 

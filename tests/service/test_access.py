@@ -149,6 +149,13 @@ def test_a_missing_role_is_refused_by_name_and_noted_but_not_without_end() -> No
     assert reason.startswith("PUT /v1/tasks/spam/traffic: this needs a key with the role operate")
 
 
+def test_one_of_several_roles_is_enough() -> None:
+    access, roles = World().access, (Role.PUBLISH, Role.APPROVE)
+    access.require(Principal("anna", frozenset({Role.APPROVE})), *roles)
+    with pytest.raises(ForbiddenError, match="with the role publish or approve, and rita has predict"):
+        access.require(Principal("rita", frozenset({Role.PREDICT})), *roles)
+
+
 def test_admin_has_every_role() -> None:
     World().access.require(Principal("root", frozenset({Role.ADMIN})), Role.AUDIT)
 
