@@ -74,12 +74,20 @@ class Span:
         return Span(name, Context.below(self.context), self.context, began_s, ended_s)
 
 
-def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
-    """An ExportTraceServiceRequest."""
+def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> tuple[bytes, int]:
+    """An ExportTraceServiceRequest, and how many spans are not in it: what OTLP cannot hold keeps nothing else back."""
     unix_ns = time.time_ns() - time.monotonic_ns()
-    scoped = otlp.ScopeSpans(scope=_SCOPE, spans=[_encoded(span, unix_ns) for span in spans])
+    made = [one for span in spans if (one := _encoded_or_none(span, unix_ns)) is not None]
+    scoped = otlp.ScopeSpans(scope=_SCOPE, spans=made)
     of = otlp.ResourceSpans(resource=Resource(attributes=_attributes(resource)), scope_spans=[scoped])
-    return bytes(ExportTraceServiceRequest(resource_spans=[of]).SerializeToString())
+    return bytes(ExportTraceServiceRequest(resource_spans=[of]).SerializeToString()), len(spans) - len(made)
+
+
+def _encoded_or_none(span: Span, unix_ns: int) -> otlp.Span | None:
+    try:
+        return _encoded(span, unix_ns)
+    except (TypeError, ValueError):  # such as a number of more than 64 bits
+        return None
 
 
 def _encoded(span: Span, unix_ns: int) -> otlp.Span:

@@ -94,6 +94,18 @@ def test_a_receiver_that_is_busy_is_asked_again(receiver: Receiver) -> None:
     assert lost == [] and receiver.statuses == []
 
 
+def test_a_span_that_otlp_cannot_hold_takes_no_other_with_it(receiver: Receiver) -> None:
+    lost: list[int] = []
+    outlet = Outlet(receiver.endpoint, RESOURCE, lost.append)
+    one, odd, other = spans("one", "odd", "other")
+    odd.attributes = {"number": 2**70}
+    outlet.send([one, odd, other])
+    receiver.wait_for("other")
+    outlet.close()
+    assert len(receiver.named("one")) == 1 and not receiver.named("odd")
+    assert lost == [1]
+
+
 def test_what_is_refused_is_counted_and_told_once(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.statuses = [400, 400]
     lost: list[int] = []
