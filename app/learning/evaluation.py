@@ -174,10 +174,10 @@ def _varied(examples: Sequence[Example]) -> list[Example]:
 
 
 def _answers(scored: Scored, labels: Sequence[str]) -> Any:
-    return _found_tags(scored, labels) if scored.table.problem_type is ProblemType.TOKEN else scored.scores
+    return found_tags(scored, labels) if scored.table.problem_type is ProblemType.TOKEN else scored.scores
 
 
-def _found_tags(scored: Scored, labels: Sequence[str]) -> list[list[str]]:
+def found_tags(scored: Scored, labels: Sequence[str]) -> list[list[str]]:
     """A tag for each of the file's words."""
     return [
         tags_of_words(word_starts(encoding, example.words), [labels[i] for i in output.tags])

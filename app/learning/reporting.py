@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 
 from app.domain import ProblemType, ReadoutKind
 from app.engine.heads import scores_of
 from app.learning import evaluation
+from app.learning.alignment import word_starts
 from app.learning.baselines import CEILING, LINEAR, Baseline, text_baselines
 from app.learning.chain import Chain, decode_tags
 from app.learning.data import Example
@@ -239,7 +241,8 @@ def _point(point: Any) -> dict[str, Any]:
 
 
 def _mistakes(scored: Scored, labels: Sequence[str], thresholds: Sequence[float]) -> list[dict[str, Any]]:
-    """Worst first: single label by the wrong label's score, multi-label and regression by the largest error."""
+    """Worst first: single label by the wrong label's score, multi-label and regression by the largest error, tags by
+    the highest score of a wrong one."""
     match scored.table.problem_type:
         case ProblemType.SINGLE_LABEL:
             found = scored.scores.argmax(axis=1)
@@ -258,7 +261,27 @@ def _mistakes(scored: Scored, labels: Sequence[str], thresholds: Sequence[float]
                 for i in _worst(errors)
             ]
         case _:
-            return []
+            return _mistaken_tags(scored, labels)
+
+
+def _mistaken_tags(scored: Scored, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Both as the spans that they make."""
+    rows = zip(scored.table.examples, scored.encodings, scored.outputs, strict=True)
+    found, sureness = evaluation.found_tags(scored, labels), []
+    for (example, encoding, output), tags in zip(rows, found, strict=True):
+        starts = word_starts(encoding, example.words)
+        words = zip(starts, tags, example.labels, strict=True)
+        wrong = [output.scores[tokens[0]] for tokens, tag, gold in words if tokens and tag != gold]
+        sureness.append(max(wrong, default=-1.0))
+    return [
+        _mistake(e := scored.table.examples[i], _told(e.labels, e.words), _told(found[i], e.words), sureness[i])
+        for i in _worst(np.array(sureness))
+    ]
+
+
+def _told(tags: Sequence[str], words: Sequence[str]) -> str:
+    spans = get_entities(list(tags))
+    return " | ".join(f"{label}: {' '.join(words[first : last + 1])}" for label, first, last in spans) or "none"
 
 
 def _mistaken_sets(scored: Scored, labels: Sequence[str], thresholds: Sequence[float]) -> list[dict[str, Any]]:

@@ -161,6 +161,18 @@ def test_tags_follow_one_another_as_they_may(tmp_path: Path, backbone: Backbone)
     assert any(map(_breaks_bio, found["plain"])) and not any(map(_breaks_bio, found["chain"]))
 
 
+def test_wrong_tags_are_among_the_worst_mistakes(tmp_path: Path, backbone: Backbone) -> None:
+    files = tagged_files(tmp_path)
+    assert files.test is not None
+    first, *rest = files.test.read_text().splitlines()
+    words = json.loads(first)["tokens"]
+    odd = {"tokens": words, "tags": ["B-city", *["I-city"] * (len(words) - 1)]}  # as no training row has it
+    files.test.write_text("\n".join([json.dumps(odd), *rest]))
+    learned(tmp_path, files, backbone, hidden=32)
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert f"city: {' '.join(words)}" in page.partition("Worst mistakes")[2]
+
+
 def _without_transitions(artifact: Artifact) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in artifact.tensors.items() if name != "transitions"}
 
