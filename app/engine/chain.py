@@ -13,6 +13,7 @@ from torch import Tensor
 
 TRANSITIONS = "transitions"  # an artifact's tensor [labels + 1, labels]: from (the last: the beginning), to
 _LEAST = 1e-30  # of a probability
+_MOST_STEPS = 2**20  # from tag to tag, of rows that are decoded together: with hundreds of tags one row has 100,000
 
 
 def decode(probabilities: Tensor, words: Sequence[Sequence[int]], transitions: Tensor) -> Tensor:
@@ -40,6 +41,12 @@ def likeliest(scores: Tensor, lengths: Sequence[int], transitions: Tensor) -> Te
 
     scores [rows, words, labels], logarithms; transitions [labels + 1, labels], added to them.
     """
+    rows = max(1, _MOST_STEPS // transitions.shape[1] ** 2)
+    parts = range(0, len(lengths), rows)
+    return torch.cat([_likeliest(scores[i : i + rows], lengths[i : i + rows], transitions) for i in parts])
+
+
+def _likeliest(scores: Tensor, lengths: Sequence[int], transitions: Tensor) -> Tensor:
     width = scores.shape[1]
     into = transitions[:-1].t().contiguous()  # [to, from]
     ends = torch.tensor(lengths).to(scores.device, non_blocking=True).unsqueeze(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from app.domain import Encoding
+from app.engine import chain
 from app.engine.chain import decode, likeliest
 from tests.engine.models import best_of_all
 
@@ -25,6 +26,13 @@ def test_it_finds_the_best_of_all_sequences(lengths: list[int]) -> None:
         if length:
             assert found[row, :length].tolist() == best_of_all(scores[row, :length], transitions).tolist()
             assert set(found[row, length:].tolist()) <= {int(found[row, length - 1])}
+
+
+def test_many_rows_are_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, transitions, lengths = random(7, 5, LABELS), random(LABELS + 1, LABELS, seed=1), [5, 1, 0, 3, 4, 2, 5]
+    together = likeliest(scores, lengths, transitions)
+    monkeypatch.setattr(chain, "_MOST_STEPS", 2 * LABELS**2)
+    assert torch.equal(likeliest(scores, lengths, transitions), together)
 
 
 def test_only_first_tokens_of_words_are_in_the_chain() -> None:
