@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from app.client import audit, comparison, control, drift, index, inference, keys, publish, pull, releases, top, why
-from app.client.http import MisuseError, Server, add_server_options, settings_of
+from app.client.http import AnsweredError, MisuseError, Server, add_server_options, settings_of
 from app.client.setting_options import add_setting_options, given_settings
 from app.config import Settings
 from app.errors import ManifoldError, UnavailableError
 from app.rollout import printable
 
 _FAILED, _MISUSED, _INTERRUPTED = 1, 2, 130
+_NOT_ALLOWED = (401, 403)
+_OR_LIVE = "; or give a folder of the live artifacts with --live"
 _LEARNING = {  # command → its module in app.learning, and what it does
     "learn": ("command", "train a task from a file of texts and labels"),
     "combine": ("combine_command", "make a representation of several prefixes"),
@@ -146,7 +148,11 @@ def _pull_live(server: Server, names: Collection[str], folder: Path) -> Mapping[
     try:
         return pull.pull_live(server, names, folder)
     except UnavailableError as error:
-        raise UnavailableError(f"{error}; or give a folder of the live artifacts with --live") from error
+        raise UnavailableError(f"{error}{_OR_LIVE}") from error
+    except AnsweredError as error:
+        if error.status not in _NOT_ALLOWED:
+            raise
+        raise AnsweredError(f"{error}{_OR_LIVE}", error.status) from error
 
 
 if __name__ == "__main__":

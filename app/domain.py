@@ -6,11 +6,14 @@ Standard library and `app.rollout` only. Knows nothing of tensors, HTTP, Redis o
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from app.rollout import EMPTY_VIEW, IndexView, TaskRecord, Traffic
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # of an artifact's file: it becomes a path
 
 
 def content_digest(files: Mapping[str, bytes]) -> str:

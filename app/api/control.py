@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, File, Form, Path, Request, Response, UploadFile
@@ -12,7 +11,7 @@ from app.api.control_schemas import Because, Decided, RecordView, TrafficAnswer,
 from app.api.dependencies import Approver, IfMatch, Operator, Publisher, Rollout, TaskName, VersionNumber, keyed
 from app.api.errors import guarded_responses
 from app.api.wire import JsonRoute
-from app.domain import InputKind, ProblemType
+from app.domain import PLAIN_NAME, InputKind, ProblemType
 from app.errors import UnservableError
 from app.rollout import Principal, State, TaskRecord, VersionRecord
 from app.service.ports import RolloutPort
@@ -21,7 +20,6 @@ router = APIRouter(prefix="/v1/tasks/{task}", tags=["control"], route_class=Json
 
 _MAX_FILES = 16
 _FIELDS = {"files", "problem_type", "labels", "input", "reason"}
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 async def _files(
@@ -35,7 +33,7 @@ async def _files(
     contents: dict[str, bytes] = {}
     for upload in files:
         name = upload.filename or ""
-        if not _PLAIN_NAME.fullmatch(name):
+        if not PLAIN_NAME.fullmatch(name):
             raise UnservableError(f'the file name "{name[:100]}" is not plain: send letters, digits, ., _ and - alone')
         if name in contents:
             raise UnservableError(f"the file {name} was sent twice")

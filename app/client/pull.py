@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import re
 import shlex
 import shutil
 import tarfile
@@ -16,10 +15,8 @@ from typing import Any
 from app.client.control import reference
 from app.client.http import MisuseError, Server, add_client_options, task_path
 from app.client.tables import print_json, say, short_digest, size
-from app.domain import content_digest
+from app.domain import PLAIN_NAME, content_digest
 from app.errors import DataError, NotFoundError, UnavailableError
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # names come from outside and become paths
 
 
 def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -96,23 +93,26 @@ def _read_tar(content: bytes, name: str) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for member, file in _members(tar):
-                is_plain = _PLAIN_NAME.fullmatch(member.name) is not None
+            for member, file in _members(tar, len(content)):
+                is_plain = PLAIN_NAME.fullmatch(member.name) is not None
                 if file is None or not is_plain or member.name in files:
                     raise UnavailableError(
                         f'the archive of {name} holds "{member.name[:100]}", which is no file with a plain name of '
                         "its own; nothing was written"
                     )
                 files[member.name] = file
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
         raise UnavailableError(f"what came for {name} is no archive ({error}); nothing was written") from error
     return files
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+def _members(tar: tarfile.TarFile, most_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Each with its content, None where it is no plain file: a sparse one could be of any size."""
     for member in tar:
-        file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+        is_file = member.isreg() and not member.issparse()
+        if is_file and not 0 <= member.size <= most_bytes:
+            raise tarfile.TarError(f"a file of {member.size} bytes in {most_bytes}")
+        file = tar.extractfile(member) if is_file else None
         yield member, None if file is None else file.read()
 
 

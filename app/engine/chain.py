@@ -13,7 +13,9 @@ from torch import Tensor
 
 TRANSITIONS = "transitions"  # an artifact's tensor [labels + 1, labels]: from (the last: the beginning), to
 _LEAST = 1e-30  # of a probability
-_MOST_STEPS = 2**20  # from tag to tag, of rows that are decoded together: with hundreds of tags one row has 100,000
+# Steps from tag to tag of rows that are decoded together, which with hundreds of tags are 100,000 a row. A device gets
+# more of them at once: what it takes is the launches.
+_MOST_STEPS, _MOST_STEPS_AFAR = 2**20, 2**26
 
 
 def decode(probabilities: Tensor, words: Sequence[Sequence[int]], transitions: Tensor) -> Tensor:
@@ -41,7 +43,8 @@ def likeliest(scores: Tensor, lengths: Sequence[int], transitions: Tensor) -> Te
 
     scores [rows, words, labels], logarithms; transitions [labels + 1, labels], added to them.
     """
-    rows = max(1, _MOST_STEPS // transitions.shape[1] ** 2)
+    most = _MOST_STEPS if scores.device.type == "cpu" else _MOST_STEPS_AFAR
+    rows = max(1, most // transitions.shape[1] ** 2)
     parts = range(0, len(lengths), rows)
     return torch.cat([_likeliest(scores[i : i + rows], lengths[i : i + rows], transitions) for i in parts])
 

@@ -375,11 +375,14 @@ def _failing(items: Sequence[_Item]) -> Iterator[None]:
 
 
 def _share(items: Sequence[_Item], num_layers: int) -> list[tuple[Work, list[_Item]]]:
-    """What is run, and for whom: items of one text are one work, with one trunk and each version once."""
-    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Item]] = {}
+    """What is run, and for whom: items of one text are one work, with one trunk and each version once.
+
+    Of one text also in its words, which taggers read and which others leave out.
+    """
+    alike: dict[tuple[tuple[int | None, ...], ...], list[_Item]] = {}
     for item in items:
         encoding = item.work.plan.encoding
-        alike.setdefault((encoding.input_ids, encoding.token_type_ids), []).append(item)
+        alike.setdefault((encoding.input_ids, encoding.token_type_ids, encoding.word_ids), []).append(item)
     return [(_merged(members, num_layers), members) for members in alike.values()]
 
 

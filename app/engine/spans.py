@@ -47,18 +47,9 @@ def decode_spans(encoding: Encoding, output: TaskOutput, labels: Sequence[str], 
 
 def _words(encoding: Encoding, output: TaskOutput, labels: Sequence[str]) -> Iterator[tuple[str, float, int, int]]:
     """(tag, score, start, end) of each word."""
-    word: tuple[str, float, int, int] | None = None
-    last_id: int | None = None
-    for tag, score, word_id, (start, end) in zip(
-        output.tags, output.scores, encoding.word_ids, encoding.offsets, strict=True
-    ):
-        if word_id is None:
-            continue
-        if word is not None and word_id == last_id:
-            word = (*word[:3], end)
-            continue
-        if word is not None:
-            yield word
-        word, last_id = (labels[tag], score, start, end), word_id
-    if word is not None:
-        yield word
+    words, offsets = encoding.word_ids, encoding.offsets
+    for first in encoding.first_tokens:
+        last = first
+        while last + 1 < len(words) and words[last + 1] == words[first]:
+            last += 1
+        yield labels[output.tags[first]], output.scores[first], offsets[first][0], offsets[last][1]

@@ -19,11 +19,8 @@ def word_starts(encoding: Encoding, words: Sequence[str]) -> list[list[int]]:
     """
     found: list[list[int]] = [[] for _ in words]
     word, end = 0, len(words[0])
-    last_id: int | None = None
-    for index, (word_id, (start, _)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
-        if word_id is None or word_id == last_id:
-            continue
-        last_id = word_id
+    for index in encoding.first_tokens:
+        start = encoding.offsets[index][0]
         while start >= end and word + 1 < len(words):
             word += 1
             end += 1 + len(words[word])

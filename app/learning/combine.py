@@ -171,6 +171,7 @@ def update(
     before and after. Raises a ManifoldError; whatever happens, `out` is never half written.
     """
     writer.check_out(out.absolute())
+    writer.check_room(out.absolute())
     if (out / MANIFEST).exists():
         raise SettingsError(f"{out} is an artifact, and several will be written: name a new folder with --out")
     exact = backbones[1]

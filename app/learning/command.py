@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from app.domain import BackboneSpec, ProblemType, ReadoutKind
 from app.engine.artifact import TENSORS
 from app.errors import SettingsError
-from app.learning import jobs
+from app.learning import jobs, writer
 from app.learning.compose import usable
 from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
@@ -156,6 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     both = backbones(args)
     options = _options(args, both[0].spec)
     with Screen(Console()) as screen:
+        writer.check_room(args.out.absolute())
         manifest = learn(recipe_of(args), Files(args.train, args.dev, args.test), args.out, both, screen, options)
     was_interrupted = manifest["training"]["interrupted"]
     _show(manifest, args.out)

@@ -69,6 +69,7 @@ def compress(
     the artifact. Returns the manifest; raises SettingsError where none is good enough.
     """
     writer.check_out(out.absolute())
+    writer.check_room(out.absolute())
     artifact = _read(source, backbones[1].spec)
     sizes = _sizes(artifact, tokens)
     if not tolerance >= 0:

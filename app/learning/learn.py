@@ -223,10 +223,7 @@ def with_enough_steps(recipe: Recipe, rows: int, steps: int | None = None) -> Re
 def _refine(study: Study, found: Found, options: Options, watcher: Watcher) -> Found:
     """The chosen arrangement with other rates and sizes; the best on dev is kept."""
     chosen = found.candidate
-    others = [
-        Candidate(name, recipe, chosen.passes)
-        for name, recipe in refinements(chosen, options.given, study.tables.problem_type)
-    ]
+    others = [Candidate(name, recipe, chosen.passes) for name, recipe in refinements(chosen, study, options.given)]
     if not others:
         return found
     watcher.stage("settings", len(others))

@@ -173,6 +173,7 @@ def check(members: Sequence[Member], limits: Limits, out: Path) -> None:
         raise SettingsError("--tolerance must be in 0 … 100 points")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} exists and is not empty: name a new folder with --out")
+    writer.check_room(out.absolute())
 
 
 # -- the tasks as they are now -----------------------------------------------------------------------------------------

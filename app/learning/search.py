@@ -92,6 +92,7 @@ def _recipes(
 ) -> Iterator[tuple[str, Recipe]]:
     top = study.backbone.spec.num_layers
     is_token, is_pair = study.tables.problem_type is ProblemType.TOKEN, study.tables.train.input_kind is InputKind.PAIR
+    count = min(PAIR_VIRTUAL_TOKENS if is_pair else NUM_VIRTUAL_TOKENS, study.backbone.spec.max_tokens // 2)
     readout = "tokens" if is_token else "attention"
     if Arrangement.TRUNK in arrangements:
         if not is_token and not {"hidden", "num_queries"} & set(given):
@@ -102,21 +103,18 @@ def _recipes(
         yield f"bare trunk, {readout} of all layers", replace(base, read_layers=tuple(range(1, top + 1)))
     if Arrangement.LATE in arrangements:
         for first_layer in sorted({2 * top // 3, top // 2}, reverse=True):
-            yield f"own prefix from layer {first_layer}, {readout}", _own_prefix(base, first_layer, is_pair)
+            yield f"own prefix from layer {first_layer}, {readout}", _own_prefix(base, first_layer, count)
     if Arrangement.COMBINATION in arrangements and pool:
         yield f"{len(pool)} prefixes combined, {readout}", replace(base, prefixes=tuple(pool))
     if Arrangement.FULL in arrangements:
-        yield f"own prefix from layer 0, {readout}", _own_prefix(base, 0, is_pair)
+        yield f"own prefix from layer 0, {readout}", _own_prefix(base, 0, count)
 
 
-def _own_prefix(base: Recipe, first_layer: int, is_pair: bool) -> Recipe:
-    count = PAIR_VIRTUAL_TOKENS if is_pair else NUM_VIRTUAL_TOKENS
+def _own_prefix(base: Recipe, first_layer: int, count: int) -> Recipe:
     return replace(base, num_virtual_tokens=count, first_layer=first_layer)
 
 
-def refinements(
-    chosen: Candidate, given: Collection[str] = (), problem_type: ProblemType = ProblemType.SINGLE_LABEL
-) -> Iterator[tuple[str, Recipe]]:
+def refinements(chosen: Candidate, study: Study, given: Collection[str] = ()) -> Iterator[tuple[str, Recipe]]:
     """Other rates, sizes and weights of one arrangement, one change at a time; what was given stays."""
     recipe = chosen.recipe
     changes: list[tuple[str, str, Any]] = [
@@ -128,12 +126,13 @@ def refinements(
     if recipe.readout is ReadoutKind.ATTENTION and recipe.num_queries:
         more = 2 * recipe.num_queries
         changes.append((f"{more} queries a layer", "num_queries", more))
-    if problem_type is ProblemType.MULTI_LABEL:  # a mean over labels, which the loss is not
+    if study.tables.problem_type is ProblemType.MULTI_LABEL:  # a mean over labels, which the loss is not
         changes.append(("rare labels count more", "class_weight_power", 0.5))
     if recipe.num_virtual_tokens:
         more = 2 * recipe.num_virtual_tokens
         changes.append(("prefix rate ÷ 3", "prefix_learning_rate", recipe.prefix_learning_rate / 3))
-        changes.append((f"{more} virtual tokens", "num_virtual_tokens", more))
+        if more <= study.backbone.spec.max_tokens // 2:
+            changes.append((f"{more} virtual tokens", "num_virtual_tokens", more))
     for told, name, value in changes:
         if name not in given:
             yield f"{chosen.name}, {told}", replace(recipe, **{name: value})

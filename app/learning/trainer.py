@@ -93,6 +93,7 @@ def train(
     if problem_type is ProblemType.TOKEN:
         transitions = Chain.of(train_split.tagged, labels).transitions()
     weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
+    shift = _shift(problem_type, weights)
     epochs: list[Epoch] = []
     best = (-math.inf, -math.inf)
     kept: dict[str, Tensor] = {}
@@ -100,6 +101,7 @@ def train(
         while len(epochs) < recipe.epochs and not _is_stalled(epochs, recipe.patience):
             loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator, weights)
             logits, targets, counts = predict_logits(model, dev_split, problem_type)
+            logits = logits - shift
             dev = dev_figure(problem_type, logits, targets, labels, counts, transitions)
             dev_loss = float(loss_of(problem_type, logits, targets))
             is_best = (dev, -dev_loss) > best and math.isfinite(dev_loss)
@@ -115,8 +117,20 @@ def train(
     if not kept:
         raise DataError("training diverged, its dev score is not a number: lower --learning-rate")
     model.load_state_dict(kept)
+    model.out.bias.data -= shift.to(model.out.bias)
     model.eval()
     return epochs
+
+
+def _shift(problem_type: ProblemType, weights: Tensor | None) -> Tensor:
+    """What weights add to each label's logit, so that it can be taken off: [labels], or one 0.
+
+    A label that counts w times as much where it is given is answered with w times its odds. (Of labels that exclude one
+    another weights are there to change the answer.)
+    """
+    if weights is None or problem_type is not ProblemType.MULTI_LABEL:
+        return torch.zeros(1)
+    return weights.log()
 
 
 def _is_stalled(epochs: Sequence[Epoch], patience: int) -> bool:

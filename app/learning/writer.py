@@ -56,17 +56,21 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_out(out: Path) -> None:
-    """Raise SettingsError where `out` holds something that is not an artifact, or its disk has no room for one."""
+    """Raise SettingsError where `out` holds something that is not an artifact."""
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_empty and not (out / MANIFEST).is_file():
         raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
     if not is_empty and any(child.is_dir() for child in out.iterdir()):
         raise SettingsError(f"{out} holds folders, which may be other versions: name a folder of its own with --out")
+
+
+def check_room(out: Path) -> None:
+    """Raise SettingsError where the disk of `out` has no room for an artifact: before training, not behind it."""
     there = next(folder for folder in (out, *out.parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < _ROOM_BYTES:
+    usage = shutil.disk_usage(there)
+    if usage.total and usage.free < _ROOM_BYTES:  # some file systems say nothing
         raise SettingsError(
-            f"the disk of {there} has {free / 1e6:.1f} MB left, and an artifact with its report may take "
+            f"the disk of {there} has {usage.free / 1e6:.1f} MB left, and an artifact with its report may take "
             f"{_ROOM_BYTES / 1e6:.0f} MB: make room there, or name another folder with --out"
         )
 

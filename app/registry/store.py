@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from app.domain import content_digest, content_listing
+from app.domain import PLAIN_NAME, content_digest, content_listing
 from app.errors import ArtifactError, NotFoundError, SettingsError, UnavailableError
 from app.registry.durable import write_durably
 from app.registry.places import open_place, reaching, without_user
@@ -35,7 +35,6 @@ _ALGORITHM = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # names come from outside and become paths
 _RECENT_S = 60.0  # a folder used this recently may be open in another process
 _ABANDONED_S = 3600.0  # a partial folder this old belongs to a process that was killed
 _LOOKUPS = 16  # at once, where many artifacts are looked for
@@ -265,7 +264,7 @@ def _check_names(files: Mapping[str, bytes]) -> None:
     faults = [
         f"{name!r} is no plain file name: use letters, digits, dots, dashes and underscores, no folders"
         for name in sorted(files)
-        if _PLAIN_NAME.fullmatch(name) is None
+        if PLAIN_NAME.fullmatch(name) is None
     ]
     if not files:
         faults.append("it has no files")
@@ -277,7 +276,7 @@ def _parse_tree(digest: str, content: bytes) -> dict[str, str]:
     """The hash was right, so this is what somebody wrote: it may still not be ours."""
     lines = content.decode("utf-8", "replace").splitlines()
     entries = {name: sha256 for name, _, sha256 in (line.partition(":") for line in lines)}
-    is_plain = all(_PLAIN_NAME.fullmatch(name) and _SHA256.fullmatch(sha256) for name, sha256 in entries.items())
+    is_plain = all(PLAIN_NAME.fullmatch(name) and _SHA256.fullmatch(sha256) for name, sha256 in entries.items())
     canonical = "".join(f"{name}:{sha256}\n" for name, sha256 in sorted(entries.items()))
     if not entries or not is_plain or canonical.encode() != content:
         raise ArtifactError(digest, ["its list of files in the artifact store is not one that Manifold wrote"])

@@ -127,16 +127,10 @@ class _Post:
         self._hurrying.set()
 
     def send(self, spans: Sequence[Span]) -> None:
-        left = len(spans)
         try:
-            body, num_left_out = encode(spans, self._resource)
-            if num_left_out:
-                self._lost(num_left_out, "OTLP cannot hold what they say")
-                left -= num_left_out
-            if left:
-                self._deliver(body)
+            self._deliver(encode(spans, self._resource))
         except Exception as error:  # whatever it is: these are lost, and the next may arrive
-            self._lost(left, str(error) or type(error).__name__)
+            self._lost(len(spans), str(error) or type(error).__name__)
 
     def close(self) -> None:
         self._client.close()

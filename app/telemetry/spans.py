@@ -18,6 +18,7 @@ from app.telemetry.tracing import Attribute, Caller
 _LONGEST_STATE = 512  # characters; of a longer one nothing is kept
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}")
 _SAMPLED = 1
+_INTEGERS = 1 << 63  # from here on OTLP has none
 _KNOWS_IF_REMOTE, _IS_REMOTE = 0x100, 0x200  # whether the parent is in another process
 _SCOPE = InstrumentationScope(name="manifold")
 
@@ -74,20 +75,12 @@ class Span:
         return Span(name, Context.below(self.context), self.context, began_s, ended_s)
 
 
-def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> tuple[bytes, int]:
-    """An ExportTraceServiceRequest, and how many spans are not in it: what OTLP cannot hold keeps nothing else back."""
+def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
+    """An ExportTraceServiceRequest."""
     unix_ns = time.time_ns() - time.monotonic_ns()
-    made = [one for span in spans if (one := _encoded_or_none(span, unix_ns)) is not None]
-    scoped = otlp.ScopeSpans(scope=_SCOPE, spans=made)
+    scoped = otlp.ScopeSpans(scope=_SCOPE, spans=[_encoded(span, unix_ns) for span in spans])
     of = otlp.ResourceSpans(resource=Resource(attributes=_attributes(resource)), scope_spans=[scoped])
-    return bytes(ExportTraceServiceRequest(resource_spans=[of]).SerializeToString()), len(spans) - len(made)
-
-
-def _encoded_or_none(span: Span, unix_ns: int) -> otlp.Span | None:
-    try:
-        return _encoded(span, unix_ns)
-    except (TypeError, ValueError):  # such as a number of more than 64 bits
-        return None
+    return bytes(ExportTraceServiceRequest(resource_spans=[of]).SerializeToString())
 
 
 def _encoded(span: Span, unix_ns: int) -> otlp.Span:
@@ -128,8 +121,10 @@ def _value(value: Attribute) -> AnyValue:
             return AnyValue(string_value=_clean(value))
         case bool():  # before int, which it also is
             return AnyValue(bool_value=value)
-        case int():
+        case int() if -_INTEGERS <= value < _INTEGERS:
             return AnyValue(int_value=value)
+        case int():
+            return AnyValue(string_value=str(value))
         case float():
             return AnyValue(double_value=value)
         case _:

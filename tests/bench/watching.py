@@ -294,6 +294,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=int, default=4)
     options = parser.parse_args()
+    if options.sittings * options.rounds < 2:
+        parser.error("two rounds at least, so that there is a middle half of them")
     require_wrk()
     found, failures = Found(), dict[str, str]()
     with tempfile.TemporaryDirectory() as name, receiver() as url:

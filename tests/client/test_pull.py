@@ -192,7 +192,17 @@ def test_no_path_and_no_special_file_is_taken(
     assert not (tmp_path / "place").exists() and not (tmp_path / "up").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>" * 200, tar_of(*plain())[:700]], ids=["nothing", "a page", "half"])
+def huge() -> bytes:
+    member = tarfile.TarInfo("manifest.json")
+    member.size = 2**70
+    return member.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>" * 200, tar_of(*plain())[:700], huge()],
+    ids=["nothing", "a page", "half", "huge"],
+)
 def test_what_is_no_archive_is_one_sentence(receive: Receive, tmp_path: Path, content: bytes) -> None:
     done = receive(content)
     assert done.status == 1 and "what came for spam@2 is no archive (" in done.err and done.err.count("\n") == 1

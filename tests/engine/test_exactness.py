@@ -121,6 +121,22 @@ def test_the_pooler_readout_is_the_backbones_own_pooler(make_engine: MakeEngine)
         assert_close(output.scores, reference_scores(tiny_network(family), artifact, encoding).tolist())
 
 
+@pytest.mark.parametrize("tagged_first", [True, False])
+def test_a_tagger_sees_the_words_whoever_asks_for_the_same_text_beside_it(
+    tagged_first: bool, make_engine: MakeEngine
+) -> None:
+    """What is tokenized for other tasks alone has no words."""
+    engine = make_engine("bert")
+    versions = _load(engine, bare_mean={}, chained_tags=KINDS["chained_tags"])
+    for seed in range(20):
+        encoding = random_encoding(12, seed)
+        wordless = Encoding(encoding.input_ids, encoding.token_type_ids)
+        ((alone,),) = run(engine, (encoding, [versions["chained_tags"]]))
+        asked = [(encoding, [versions["chained_tags"]]), (wordless, [versions["bare_mean"]])]
+        together = run(engine, *(asked if tagged_first else asked[::-1]))
+        assert together[0 if tagged_first else 1][0].tags == alone.tags
+
+
 def test_order_in_the_batch_changes_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine("bert")
     versions = list(_load(engine, **KINDS).values())

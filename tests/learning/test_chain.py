@@ -39,6 +39,12 @@ def test_where_the_rows_begin_spans_with_i_so_may_it() -> None:
     assert transitions[O, I2] <= -1e4
 
 
+def test_a_slip_in_one_row_allows_nothing() -> None:
+    clean = [[O, B, I, O]] * 50
+    assert Chain.of(texts(*clean, [O, I, O]), LABELS).transitions()[O, I] <= -1e4
+    assert Chain.of(texts(*clean, *[[O, I, O]] * 5), LABELS).transitions()[O, I] > -1e4
+
+
 def test_a_weight_of_nothing_leaves_what_is_forbidden() -> None:
     transitions = Chain.of(texts([O, B, I]), LABELS).transitions(0.0)
     assert set(transitions.unique().tolist()) == {-1e4, 0.0}

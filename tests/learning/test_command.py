@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from app.learning import command
+from app.learning.writer import check_room
 from tests.learning import samples
 
 
@@ -47,6 +49,18 @@ def test_it_says_how_to_publish_where_that_is_not_done_anyway(
     command.add_arguments(parser)
     assert command.run(argparse.Namespace(**vars(parser.parse_args(arguments)), publish=True)) == 0
     assert "manifold publish" not in capsys.readouterr().out
+
+
+def test_a_disk_that_is_nearly_full_is_told_before_anything_is_trained(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**6))
+    assert run(*arguments) == 1
+    shown = capsys.readouterr()
+    assert "has 1.0 MB left" in shown.err and "--out" in shown.err and "epoch" not in shown.out
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=0, free=0))  # it says nothing
+    check_room(tmp_path / "out")
 
 
 def test_the_help_says_what_class_weights_are_for() -> None:

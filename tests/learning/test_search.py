@@ -242,7 +242,7 @@ def test_what_was_given_stays_in_a_search(tmp_path: Path, backbone: Backbone) ->
     study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
     given = {"learning_rate", "dropout", "hidden"}
     found = candidates(recipe(), study, ALL, (), given)
-    tried = [c.recipe for c in found] + [r for c in found for _, r in refinements(c, given)]
+    tried = [c.recipe for c in found] + [r for c in found for _, r in refinements(c, study, given)]
     assert {(r.learning_rate, r.dropout, r.hidden) for r in tried} == {(5e-3, 0.1, 16)}
 
 
@@ -251,8 +251,8 @@ def test_what_is_refined_goes_by_the_problem(tmp_path: Path, backbone: Backbone)
     weights = dict[ProblemType, set[float]]()
     for kind, of_kind in rows.items():
         (tmp_path / kind).mkdir()
-        found = candidates(recipe(), study_of(files_of(tmp_path / kind, of_kind, count=60), backbone), ALL, ())
-        tried = [r for c in found for _, r in refinements(c, (), kind)]
+        study = study_of(files_of(tmp_path / kind, of_kind, count=60), backbone)
+        tried = [r for c in candidates(recipe(), study, ALL, ()) for _, r in refinements(c, study)]
         weights[kind] = {r.class_weight_power for r in tried}
         assert {r.num_queries for r in tried if r.readout is ReadoutKind.ATTENTION} == {2, 4}
     assert weights == {ProblemType.SINGLE_LABEL: {0.0}, ProblemType.MULTI_LABEL: {0.0, 0.5}}
