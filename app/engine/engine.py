@@ -377,12 +377,14 @@ def _failing(items: Sequence[_Item]) -> Iterator[None]:
 def _share(items: Sequence[_Item], num_layers: int) -> list[tuple[Work, list[_Item]]]:
     """What is run, and for whom: items of one text are one work, with one trunk and each version once.
 
-    Of one text also in its words, which taggers read and which others leave out.
+    Taggers read a text's words too; whoever came without them stands beside any that have them.
     """
+    encodings = [item.work.plan.encoding for item in items]
+    words = {(e.input_ids, e.token_type_ids): e.word_ids for e in encodings if e.word_ids}
     alike: dict[tuple[tuple[int | None, ...], ...], list[_Item]] = {}
-    for item in items:
-        encoding = item.work.plan.encoding
-        alike.setdefault((encoding.input_ids, encoding.token_type_ids, encoding.word_ids), []).append(item)
+    for item, encoding in zip(items, encodings, strict=True):
+        text = encoding.input_ids, encoding.token_type_ids
+        alike.setdefault((*text, encoding.word_ids or words.get(text, ())), []).append(item)
     return [(_merged(members, num_layers), members) for members in alike.values()]
 
 
@@ -391,7 +393,8 @@ def _merged(members: Sequence[_Item], num_layers: int) -> Work:
         return members[0].work
     residents = {r.version.digest: r for item in members for r in item.work.residents}
     versions = [resident.version for resident in residents.values()]
-    plan = make_plan(members[0].work.plan.encoding, versions, num_layers)
+    encoding = max((item.work.plan.encoding for item in members), key=lambda one: len(one.word_ids))  # with words
+    plan = make_plan(encoding, versions, num_layers)
     return Work(plan, tuple(residents.values()))
 
 

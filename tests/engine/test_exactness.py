@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from app.domain import Encoding, EngineRequest, TaskVersion
+from app.engine import engine as engines
 from app.engine.artifact import Artifact
 from app.engine.engine import Engine
 from app.engine.plan import make_plan
@@ -123,18 +126,30 @@ def test_the_pooler_readout_is_the_backbones_own_pooler(make_engine: MakeEngine)
 
 @pytest.mark.parametrize("tagged_first", [True, False])
 def test_a_tagger_sees_the_words_whoever_asks_for_the_same_text_beside_it(
-    tagged_first: bool, make_engine: MakeEngine
+    tagged_first: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is tokenized for other tasks alone has no words."""
-    engine = make_engine("bert")
+    """What is tokenized for other tasks alone has no words, and still shares the trunk."""
+    engine, run_texts, share = make_engine("bert"), list[int](), engines._share
+
+    def counted(*arguments: Any) -> Any:
+        works = share(*arguments)
+        run_texts.append(len(works))
+        return works
+
+    monkeypatch.setattr(engines, "_share", counted)
     versions = _load(engine, bare_mean={}, chained_tags=KINDS["chained_tags"])
     for seed in range(20):
-        encoding = random_encoding(12, seed)
+        encoding, other = random_encoding(12, seed), random_encoding(12, seed + 100)
         wordless = Encoding(encoding.input_ids, encoding.token_type_ids)
-        ((alone,),) = run(engine, (encoding, [versions["chained_tags"]]))
+        elsewhere = replace(encoding, word_ids=other.word_ids)  # the same tokens, and other words
+        ((alone,),), ((apart,),) = (run(engine, (e, [versions["chained_tags"]])) for e in (encoding, elsewhere))
         asked = [(encoding, [versions["chained_tags"]]), (wordless, [versions["bare_mean"]])]
         together = run(engine, *(asked if tagged_first else asked[::-1]))
         assert together[0 if tagged_first else 1][0].tags == alone.tags
+        assert run_texts[-1] == 1
+        both = run(engine, *asked, (elsewhere, [versions["chained_tags"]]))
+        assert [both[0][0].tags, both[2][0].tags] == [alone.tags, apart.tags]
+        assert run_texts[-1] == 2
 
 
 def test_order_in_the_batch_changes_nothing(make_engine: MakeEngine) -> None:
