@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from app.domain import BackboneSpec, HeadKind, InputKind, ProblemType, ReadoutKind, TextInput
+from app.domain import BackboneSpec, HeadKind, InputKind, Prefix, ProblemType, ReadoutKind, TextInput
 from app.engine.artifact import MANIFEST, Artifact, flatten_prefix, read_artifact
 from app.engine.artifact_checks import FORMAT_VERSION, NAME, PROMPT, prefix_digest
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
+from app.engine.folder import list_artifacts
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
@@ -159,7 +160,7 @@ class _Head:
 def update(
     representation: Path,
     replace: tuple[str, Path],  # the task or digest of one of its prefixes, and the artifact whose prefix comes instead
-    heads: Sequence[Path],
+    heads: Sequence[Path],  # artifacts that read it, or folders of artifacts, of which those that do
     files: Mapping[str, Files],  # by task
     out: Path,
     backbones: tuple[Backbone, Backbone],
@@ -179,7 +180,8 @@ def update(
     if old.manifest["problem_type"] != ProblemType.EMBEDDING:
         raise SettingsError(f"{representation} is a task, no representation: write one with manifold combine --name")
     index, frozen = _replaced(old, *replace, exact.spec)
-    read = [_read_head(path, old, files, exact.spec) for path in heads]
+    paths = [path for given in heads for path in _heads_in(given, old, exact.spec)]
+    read = [_read_head(path, old, files, exact.spec) for path in paths]
     name, readout = old.manifest["task"], old.manifest["readout"]
     _check_distinct([name, *(head.task for head in read)])
     draft = _representation(name, frozen, ReadoutKind(readout["kind"]), tuple(readout["layers"]), exact.spec)
@@ -227,13 +229,35 @@ def _replaced(old: Artifact, name: str, new: Path, spec: BackboneSpec) -> tuple[
     return index, Frozen(tuple(prefixes), tuple(entries))
 
 
+def _heads_in(given: Path, old: Artifact, spec: BackboneSpec) -> list[Path]:
+    """An artifact itself; of a folder of artifacts each task's newest version, where that reads what `old` holds."""
+    if (given / MANIFEST).exists() or not given.is_dir():
+        return [given]
+    newest = {place.path.relative_to(given).parts[0]: place.path for place in list_artifacts(given)}
+    found = [path for path in newest.values() if (path / MANIFEST).is_file() and _reads(path, old, spec)]
+    if not found:
+        name = old.manifest["task"]
+        raise SettingsError(f"no artifact in {given} reads {name}: name its heads, or a folder that holds them")
+    return found
+
+
+def _reads(path: Path, old: Artifact, spec: BackboneSpec) -> bool:
+    artifact = read_artifact(path, spec)
+    return artifact.manifest["problem_type"] != ProblemType.EMBEDDING and _row(artifact) == _row(old)
+
+
+def _row(artifact: Artifact) -> tuple[tuple[Prefix, ...], int]:
+    """What two artifacts that share a row have in common."""
+    version = artifact.version(0)
+    return version.prefixes, version.position_offset
+
+
 def _read_head(path: Path, old: Artifact, files: Mapping[str, Files], spec: BackboneSpec) -> _Head:
     artifact = read_artifact(path, spec)
     task, name = artifact.manifest["task"], old.manifest["task"]
-    version, reads = artifact.version(0), old.version(0)
     if artifact.manifest["problem_type"] == ProblemType.EMBEDDING:
         raise SettingsError(f"{path} is a representation, no head: leave it out of --heads")
-    if (version.prefixes, version.position_offset) != (reads.prefixes, reads.position_offset):
+    if _row(artifact) != _row(old):
         raise SettingsError(f"{path} does not read the prefixes of {name}, in their order: leave it out of --heads")
     if task not in files:
         raise SettingsError(f"there are no files for {task}: add [tasks.{task}] with train, dev and test to --config")

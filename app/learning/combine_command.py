@@ -20,7 +20,7 @@ from app.learning.terminal import Screen, add_machine_arguments, backbones, guar
 _DESCRIPTION = """Combine prefixes into a representation, in the order given. No training.
 
 It is served as an embedding under --name, and `manifold learn --prefixes DIR` fits heads on it that share its row.
-With --update one of its prefixes is replaced, and the heads named with --heads are fitted again."""
+With --update one of its prefixes is replaced, and the heads in --heads are fitted again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--replace", type=_replacement, metavar="OLD=DIR", help="a prefix's task or digest, and what takes its place"
     )
-    group.add_argument("--heads", nargs="+", type=Path, default=[], metavar="DIR", help="artifacts that read it")
+    group.add_argument(
+        "--heads",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="artifacts that read it, or a folder of artifacts: those in it that do",
+    )
     group.add_argument("--config", type=Path, metavar="FILE", help="their files, as manifold learn --config reads them")
     add_machine_arguments(parser)
 

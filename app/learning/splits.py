@@ -138,6 +138,14 @@ class Contradictions:
 
 
 @dataclass(frozen=True, slots=True)
+class Unopened:
+    """Rows of BIO tags in which a span begins with I."""
+
+    count: int
+    lines: tuple[int, ...]  # of the first ones
+
+
+@dataclass(frozen=True, slots=True)
 class LeftOut:
     count: int
     reasons: tuple[str, ...]  # of the first ones
@@ -160,6 +168,7 @@ class Findings:
     overlaps: dict[str, Overlap]  # with train's file; not of train
     in_dev: Overlap  # of test with a dev file
     contradictions: Contradictions  # in train's file
+    unopened: Unopened  # in train's file
     unseen: dict[str, int]  # how many of train's labels a table lacks; not of train
     unreadable: dict[str, LeftOut]
     label_counts: dict[str, dict[str, int]]
@@ -185,6 +194,12 @@ class Findings:
             found.append(
                 f"{self.contradictions.count} rows of {self.files['train']} share a text and differ in their answers "
                 f"(first lines {first} and {second}): settle which is right"
+            )
+        if self.unopened.count:
+            found.append(
+                f"{self.unopened.count} rows of {self.files['train']} begin a span with I, not B "
+                f"({_listed(self.unopened.lines, self.unopened.count)}): where that is a slip, correct them. No "
+                "answer has a span that begins so, but of a kind of which one in 20 does"
             )
         return found
 
@@ -214,6 +229,7 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
         overlaps={name: _overlap(table, known) for name, table in compared.items()},
         in_dev=_overlap(compared["test"], in_dev) if in_dev else Overlap(0, ()),
         contradictions=_contradictions(train.examples, groups),
+        unopened=_unopened(train),
         unseen={name: len(counts["train"].keys() - counts[name].keys()) for name in others},
         unreadable={name: _left_out(table) for name, table in tables.items()},
         label_counts=counts,
@@ -236,6 +252,18 @@ def _contradictions(examples: Sequence[Example], groups: Iterable[_Group]) -> Co
             count += len(group)
             pairs.append((first.line, other.line))
     return Contradictions(count, tuple(pairs[:_MAX_EXAMPLES]))
+
+
+def _unopened(table: Table) -> Unopened:
+    is_tagged = table.problem_type is ProblemType.TOKEN
+    lines = [example.line for example in table.examples if is_tagged and _begins_inside(example.labels)]
+    return Unopened(len(lines), tuple(lines[:_MAX_EXAMPLES]))
+
+
+def _begins_inside(tags: Sequence[str]) -> bool:
+    """Whether the inside of a span follows neither its beginning nor its inside."""
+    before = ("", *tags)
+    return any(tag.startswith("I-") and last[2:] != tag[2:] for last, tag in zip(before, tags, strict=False))
 
 
 def _answer(example: Example) -> tuple[tuple[str, ...], float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> World
     combine("both", [root / "two", root / "one"], root / "both", backbone)
     fit(world, backbone, root / "mood", task="mood", prefixes=(root / "both",))
     fit(world, backbone, root / "trunk", task="trunk", patience=1)
+    (root / "apart").mkdir()
+    shutil.copytree(root / "trunk", root / "apart" / "trunk")
     (root / "tasks.toml").write_text(
         "[defaults]\nepochs = 3\n[tasks.mood]\ntrain = 'train.tsv'\ndev = 'dev.tsv'\ntest = 'test.tsv'\n"
     )
@@ -225,6 +228,12 @@ def test_a_prefix_is_replaced_and_its_heads_are_fitted_again(world: World, backb
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_the_heads_in_a_folder_are_those_that_read_it(world: World, backbone: Backbone, tmp_path: Path) -> None:
+    changes = replaced(world, backbone, tmp_path / "out", heads=[world.root])
+    assert list(changes["heads"]) == ["mood"]
+    assert digests(tmp_path / "out/mood") == digests(tmp_path / "out/both")
+
+
 def test_a_prefix_can_be_named_by_its_digest(world: World, backbone: Backbone, tmp_path: Path) -> None:
     (digest,) = digests(world / "two")
     changes = replaced(world, backbone, tmp_path / "out", digest, heads=[])
@@ -245,6 +254,7 @@ def test_a_prefix_can_be_named_by_its_digest(world: World, backbone: Backbone, t
         ({"heads": ["trunk"]}, "does not read the prefixes of both"),
         ({"heads": ["both"]}, "is a representation, no head"),
         ({"heads": ["mood", "mood"]}, 'called "mood"'),
+        ({"heads": ["apart"]}, "no artifact in .*apart reads both"),
         ({"files": {}}, r"add \[tasks.mood\]"),
     ],
 )

@@ -202,6 +202,17 @@ def test_scores_that_differ_contradict() -> None:
     assert findings({"train": scored}).contradictions.count == 2
 
 
+def test_tags_that_begin_a_span_with_its_inside_are_told() -> None:
+    tags = [("B-x", "I-x"), ("O", "I-x"), ("I-x",), ("B-y", "I-x"), ("B-x", "I-x", "I-x", "O"), ("B-x", "O", "I-x")]
+    examples = tuple(Example(TextInput(f"text {line}"), line, found) for line, found in enumerate(tags, start=1))
+    tagged = Table("train.jsonl", "", ProblemType.TOKEN, InputKind.TEXT, examples)
+    found = findings({"train": tagged})
+    assert found.unopened.lines == (2, 3, 4, 6)
+    (sentence,) = found.sentences()
+    assert sentence.startswith("4 rows of train.jsonl begin a span with I, not B (lines 2, 3, 4, 6)")
+    assert findings({"train": table(("x", "I-x"), ("y", "a"))}).unopened.count == 0
+
+
 def test_what_could_not_be_read_is_told(tmp_path: Path) -> None:
     path = write_rows(
         tmp_path / "train.tsv", ("text", "label"), [*single_rows(random.Random(0), 18), ("", "a"), ("b",)]
