@@ -1,12 +1,12 @@
 """Which tasks read the bare trunk and which share a branch, so that many of them cost about one pass.
 
 Arrangements are measured on dev and searched greedily. Knows live artifacts, studies and what a plan costs; writes
-nothing but prefixes for its own use.
+nothing but prefixes and notes for its own use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from app.errors import DataError, ManifoldError, SettingsError
 from app.learning import evaluation, writer
 from app.learning.evaluation import Scored
 from app.learning.learn import with_enough_steps
+from app.learning.notes import Notes, Trial, key_of
+from app.learning.prepare import read_frozen
 from app.learning.problems import MEASURES
 from app.learning.recipe import Recipe
 from app.learning.search import NUM_VIRTUAL_TOKENS, passes_of
@@ -290,7 +292,7 @@ class Search:
     backbone: Backbone
     watcher: Watcher
     limits: Limits
-    folder: Path  # for prefixes
+    notes: Notes
     fits: int = 0
     trials_left: int = 0  # of tasks on tuples of others' prefixes
 
@@ -357,7 +359,7 @@ class Search:
         slow = study.completed(base)
         fast = replace(slow, learning_rate=3 * slow.learning_rate, query_learning_rate=slow.query_learning_rate / 3)
         layers = tuple(range(1, self.backbone.spec.num_layers + 1))
-        study.prepare([replace(slow, read_layers=layers)])
+        self._prepare(study, [slow, fast], (replace(slow, read_layers=layers),))
         fits = [self._fit_trunk(task, study, slow, ""), self._fit_trunk(task, study, fast, ", other rates")]
         better = max(fits, key=_dev).recipe
         wide = replace(better, read_layers=layers)
@@ -372,23 +374,26 @@ class Search:
             if _dev(plain) >= _dev(best) - _NEAR_ATTENTION:
                 task.readouts.append(plain.recipe)
 
-    def _fit_trunk(self, task: Task, study: Study, recipe: Recipe, told: str) -> Fitted:
-        fitted = self._fit(task, study, recipe, f"bare trunk, {recipe.readout}{told}")
-        task.note(TRUNK, fitted.best.dev, recipe)
-        return fitted
+    def _fit_trunk(self, task: Task, study: Study, recipe: Recipe, told: str) -> Trial:
+        trial = self._fit(task, study, recipe, f"bare trunk, {recipe.readout}{told}")
+        task.note(TRUNK, trial.dev, recipe)
+        return trial
 
     def _measure_own(self, task: Task, study: Study, first_layer: int) -> None:
         """A prefix is trained for as long as its member says, and readouts then fitted on it for longer."""
         count, bare = _num_virtual_tokens(task.member), task.bare
         schedule = replace(task.readout, epochs=bare.epochs, patience=bare.patience)
         recipe = study.completed(replace(schedule, num_virtual_tokens=count, first_layer=first_layer))
-        fitted = self._fit(task, study, recipe, f"own prefix from layer {first_layer}")
-        path = self.folder / f"{task.name}-{first_layer}"
-        prefixes = _write_prefix(path, fitted, self.backbone.spec)
-        source = Source(task.name, path, prefixes, is_live=False)
+        key = self._key(study, recipe)
+        path = self.notes.folder / f"prefix-{key}"
+        if not path.is_dir():
+            self.notes.forget(key)
+        name = f"own prefix from layer {first_layer}"
+        trial = self._fit(task, study, recipe, name, lambda fitted: _write_prefix(path, fitted, self.backbone.spec))
+        source = Source(task.name, path, read_artifact(path, self.backbone.spec).version(0).prefixes, is_live=False)
         task.sources.append(source)
         task.own[source] = recipe
-        task.note((source,), fitted.best.dev, recipe)
+        task.note((source,), trial.dev, recipe)
         self._fit_readouts(task, (source,), study)
 
     def _compare_live(self, task: Task, live: Live, study: Study) -> None:
@@ -489,28 +494,47 @@ class Search:
     def _fit_readouts(self, task: Task, read: PrefixTuple, study: Study) -> None:
         paths = tuple(source.path for source in read)
         recipes = [study.completed(replace(readout, prefixes=paths)) for readout in task.readouts]
-        study.prepare(recipes)
+        self._prepare(study, recipes)
         for recipe in recipes:
             name = named(read) if recipe.readout is task.readout.readout else f"{named(read)}, {recipe.readout}"
-            task.note(read, self._fit(task, study, recipe, name).best.dev, recipe)
+            task.note(read, self._fit(task, study, recipe, name).dev, recipe)
         study.forget(recipes[0])
 
-    def _fit(self, task: Task, study: Study, recipe: Recipe, name: str) -> Fitted:
-        fitted = study.fit(recipe, lambda *_: None)
-        if fitted.was_interrupted:
-            raise KeyboardInterrupt
+    def _prepare(self, study: Study, recipes: Sequence[Recipe], wider: Sequence[Recipe] = ()) -> None:
+        """Unless all of them are known. `wider`: with more layers, at once, since they come next."""
+        if any(self._key(study, recipe) not in self.notes for recipe in recipes):
+            study.prepare([*recipes, *wider])
+
+    def _fit(
+        self, task: Task, study: Study, recipe: Recipe, name: str, keep: Callable[[Fitted], None] | None = None
+    ) -> Trial:
+        """As it is known, or now; `keep` is given what is fitted now."""
+        key = self._key(study, recipe)
+        if key not in self.notes:
+            fitted = study.fit(recipe, lambda *_: None)
+            if fitted.was_interrupted:
+                raise KeyboardInterrupt
+            if keep is not None:
+                keep(fitted)
+            self.notes.add(key, Trial(recipe, fitted.best.dev, fitted.seconds))
+        trial = self.notes.trial(key, recipe)
         self.fits += 1
-        passes = passes_of(recipe, self.backbone.spec)
-        self.watcher.candidate(f"{task.name}: {name}", passes, fitted.best.dev, fitted.seconds)
-        return fitted
+        self.watcher.candidate(f"{task.name}: {name}", passes_of(recipe, self.backbone.spec), trial.dev, trial.seconds)
+        return trial
+
+    def _key(self, study: Study, recipe: Recipe) -> str:
+        tables, spec = study.tables, self.backbone.spec
+        rows = {name: [table.sha256, len(table.examples)] for name, table in tables.named.items() if name != "test"}
+        frozen = [prefix.digest for prefix in read_frozen(recipe, spec).prefixes]
+        return key_of(recipe, {"rows": rows, "prefixes": frozen, "model": [spec.fingerprint, spec.dtype]})
 
     def _study(self, task: Task) -> Study:
         """A new one each time: the states of all tasks would not fit into memory."""
         return Study(task.part, self.backbone, TextTokenizer(self.backbone.path), Quiet())
 
 
-def _dev(fitted: Fitted) -> float:
-    return fitted.best.dev
+def _dev(trial: Trial) -> float:
+    return trial.dev
 
 
 def _new_tuples(lacking: Sequence[Task], first_layers: Sequence[int]) -> Iterator[PrefixTuple]:
@@ -540,7 +564,7 @@ def named(read: PrefixTuple) -> str:
     return " + ".join(map(str, read)) or "the bare trunk"
 
 
-def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> tuple[Prefix, ...]:
+def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> None:
     """A trained prefix alone, as a representation that others can read."""
     recipe, prefix = fitted.recipe, fitted.model.prefix
     assert prefix is not None
@@ -560,7 +584,6 @@ def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> tuple[Prefi
         "position_offset": fitted.position_offset,
         "backbone": {"fingerprint": spec.fingerprint},
     }
-    path.mkdir()
-    writer.write_tensors(path, {PROMPT: flat})
-    writer.write_manifest(path, manifest)
-    return read_artifact(path, spec).version(0).prefixes
+    with writer.new_folder(path) as folder:
+        writer.write_tensors(folder, {PROMPT: flat})
+        writer.write_manifest(folder, manifest)

@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a request for all tasks that read its kind of input, text or pair; default %(default)s",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the release")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep what is fitted there; the same command goes on from it"
+    )
     add_machine_arguments(parser)
 
 
@@ -65,7 +68,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace, pull: Pull | None = None) -> int:
     """0; 1 with one sentence on stderr; 130 where it was interrupted. `pull`: where no folder of live artifacts is."""
-    return guarded("pack", lambda: _run(args, pull))
+    lost = "nothing was written" if args.work is None else f"the same command goes on from {args.work}"
+    return guarded("pack", lambda: _run(args, pull), lost)
 
 
 def _run(args: argparse.Namespace, pull: Pull | None) -> int:
@@ -75,7 +79,7 @@ def _run(args: argparse.Namespace, pull: Pull | None) -> int:
     console = Console()
     names = [member.recipe.task for member in members]
     with Screen(console) as screen, _live(args.live, pull, names, screen) as (live, others):
-        release = propose(members, live, args.out, backbones(args), screen, limits, others)
+        release = propose(members, live, args.out, backbones(args), screen, limits, others, args.work)
     _show(release, args.out, console)
     return 0
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from app.domain import InputKind, Prefix, TaskVersion
-from app.engine.artifact import read_artifact
+from app.engine.artifact import MANIFEST, read_artifact
 from app.engine.backbone import Backbone
 from app.learning import writer
 from app.learning.learn import Options, learn
+from app.learning.notes import Notes, key_of
 from app.learning.pack import (
     NEAR,
     TRUNK,
@@ -33,6 +34,7 @@ from app.learning.pack import (
     prefixes_of,
     read_tasks,
 )
+from app.learning.prepare import read_frozen
 from app.learning.recipe import Recipe
 from app.learning.study import Quiet, Watcher
 
@@ -56,12 +58,14 @@ def propose(
     watcher: Watcher,
     limits: Limits | None = None,
     others: Collection[str] = (),
+    work: Path | None = None,
 ) -> dict[str, Any]:
     """Find the cheapest arrangement of these tasks and write a release to `out`: see `release.json`, which is returned.
 
     `live_folder`: artifacts of the tasks as they are now, read until this returns. `others`: live tasks that are not in
-    it and take no part. `backbones`: one to train on, one in float32 to measure with. Raises a ManifoldError; whatever
-    happens, `out` is never half written.
+    it and take no part. `backbones`: one to train on, one in float32 to measure with. `work`: a folder for all that is
+    fitted on the way, which a second call with it goes on from; None: gone at the end. Raises a ManifoldError;
+    whatever happens, `out` is never half written.
     """
     limits = limits or Limits()
     check(members, limits, out)
@@ -69,12 +73,11 @@ def propose(
     live = find_live(live_folder, [member.recipe.task for member in members], exact.spec)
     tasks = read_tasks(members, live, exact, watcher, others)
     with writer.new_folder(out) as folder:
-        work = folder / ".work"
-        work.mkdir()
-        search = Search({task.name: task for task in tasks}, backbone, watcher, limits, work)
+        notes = Notes(folder / ".work" if work is None else work)
+        search = Search({task.name: task for task in tasks}, backbone, watcher, limits, notes)
         states = search.run()
         outcomes = _Release(search, folder, backbones).write(states[-1][1])
-        shutil.rmtree(work)
+        shutil.rmtree(folder / ".work", ignore_errors=True)
         release = _described(search, states, outcomes)
         (folder / RELEASE).write_text(json.dumps(release, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / READABLE).write_text(readable(release), encoding="utf-8")
@@ -114,11 +117,11 @@ class _Release:
         target = self.folder / name
         recipe = task.recipe_for(read)
         if recipe.num_virtual_tokens:  # its own prefix, with the readout that it was trained under
-            shutil.copytree(learned[read[0]], target)
+            made = learned[read[0]]
             self.search.watcher.advance(1)
         else:
-            paths = tuple(learned.get(source, source.path) for source in read)
-            self._learn(task, replace(recipe, prefixes=paths), target)
+            made = self._learned(task, replace(recipe, prefixes=tuple(learned.get(s, s.path) for s in read)))
+        shutil.copytree(made, target)
         artifact = read_artifact(target, self.search.backbone.spec)
         measured = artifact.manifest["evaluation"]
         figures = {split: measured[split].get(task.measure, 0.0) for split in ("dev", "test") if split in measured}
@@ -126,16 +129,32 @@ class _Release:
 
     def _learn_own(self, source: Source) -> Path:
         task = self.search.tasks[source.owner]
-        target = self.search.folder / f"{source.path.name}-learned"
-        self._learn(task, task.own[source], target)
+        return self._learned(task, task.own[source])
+
+    def _learned(self, task: Task, recipe: Recipe) -> Path:
+        """The artifact, from an earlier run where that has made it."""
+        tolerance, spec = self.search.limits.tolerance, self.search.backbone.spec
+        made_from = {
+            "files": {name: table.sha256 for name, table in task.tables.named.items()},
+            "prefixes": [prefix.digest for prefix in read_frozen(recipe, spec).prefixes],
+            "model": [spec.fingerprint, spec.dtype],
+            "tolerance": tolerance,
+        }
+        target = self.search.notes.folder / f"learned-{key_of(recipe, made_from)}"
+        if not _is_whole(target):
+            options = Options(problem_type=task.member.problem_type, tolerance=tolerance)
+            manifest = learn(recipe, task.member.files, target, self.backbones, Quiet(), options)
+            if manifest["training"]["interrupted"]:
+                shutil.rmtree(target)
+                raise KeyboardInterrupt
+        self.search.watcher.advance(1)
         return target
 
-    def _learn(self, task: Task, recipe: Recipe, target: Path) -> None:
-        options = Options(problem_type=task.member.problem_type, tolerance=self.search.limits.tolerance)
-        manifest = learn(recipe, task.member.files, target, self.backbones, Quiet(), options)
-        if manifest["training"]["interrupted"]:
-            raise KeyboardInterrupt
-        self.search.watcher.advance(1)
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an artifact is there, of a training that was not interrupted."""
+    path = folder / MANIFEST
+    return path.is_file() and not json.loads(path.read_text("utf-8"))["training"]["interrupted"]
 
 
 def _described(search: Search, states: Sequence[tuple[str, State]], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

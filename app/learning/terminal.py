@@ -50,7 +50,7 @@ def numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f'"{text}" is not numbers joined by commas, like 2,4,6') from error
 
 
-def guarded(name: str, work: Callable[[], int]) -> int:
+def guarded(name: str, work: Callable[[], int], interrupted: str = "nothing was written") -> int:
     """What `work` returns; 1 with one sentence on stderr where it fails, 130 where it was interrupted."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
@@ -59,7 +59,7 @@ def guarded(name: str, work: Callable[[], int]) -> int:
         errors.print(f"manifold {name}: {error}", markup=False)
         return 1
     except KeyboardInterrupt:
-        errors.print(f"manifold {name}: interrupted, nothing was written")
+        errors.print(f"manifold {name}: interrupted, {interrupted}", markup=False)
         return 130
 
 

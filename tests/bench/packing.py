@@ -103,7 +103,8 @@ def main() -> int:
         if not (work / "release").is_dir():
             members = [Member(recipe(name), given) for name, given in files.items()]
             limits = Limits(args.tolerance / 100, args.max_passes)
-            propose(members, work / "live", work / "release", (backbone, exact), screen, limits)
+            fits = work / "fits"
+            propose(members, work / "live", work / "release", (backbone, exact), screen, limits, work=fits)
         release = json.loads((work / "release" / RELEASE).read_text("utf-8"))
     REPORT.write_text(page(release, args, backbone), "utf-8")
     return 0

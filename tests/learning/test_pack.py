@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from app.learning.learn import Files, learn
 from app.learning.pack import Limits, Member
 from app.learning.recipe import Recipe
 from app.learning.release import propose
+from app.learning.study import Fitted, Study
 from app.learning.trainer import Epoch
 from app.main import create_app
 from app.service.runtime import Runtime
@@ -303,6 +305,61 @@ def test_an_interrupt_leaves_nothing(packed: Packed, tmp_path: Path, backbone: B
     assert not list((tmp_path / "place").iterdir())
 
 
+def fits_counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The task of every training from now on."""
+    fitted: list[str] = []
+    fit = Study.fit
+
+    def counted(study: Study, recipe: Recipe, *rest: Any) -> Fitted:
+        fitted.append(recipe.task)
+        return fit(study, recipe, *rest)
+
+    monkeypatch.setattr(Study, "fit", counted)
+    return fitted
+
+
+def test_a_search_that_was_broken_off_goes_on_where_it_was(
+    packed: Packed, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [Member(recipe(name, **WEAK), packed.files[name]) for name in ("mood", "twin")]
+    given = {"members": members, "live_folder": packed.live, "backbones": (backbone, backbone)}
+    given |= {"limits": Limits(TOLERANCE, MAX_PASSES)}
+    fitted = fits_counted(monkeypatch)
+    whole = propose(**given, out=tmp_path / "whole", watcher=Silent())
+    needed = len(fitted)
+    fitted.clear()
+    given["work"] = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        propose(**given, out=tmp_path / "out", watcher=Silent("twin: own prefix from layer 1"))
+    assert not (tmp_path / "out").exists() and 0 < len(fitted) < needed
+    with (tmp_path / "work" / "fits.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    watcher = Silent()
+    assert propose(**given, out=tmp_path / "out", watcher=watcher) == whole
+    assert len(fitted) == needed and len(watcher.fits) == whole["fits"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert propose(**given, out=tmp_path / "again", watcher=Silent()) == whole
+    assert len(fitted) == needed, "new versions are there too"
+
+
+def test_other_settings_and_lost_prefixes_are_fitted_anew(
+    packed: Packed, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"live_folder": packed.live, "backbones": (backbone, backbone), "work": tmp_path / "work"}
+    given |= {"limits": Limits(TOLERANCE, MAX_PASSES), "watcher": Silent()}
+    fitted = fits_counted(monkeypatch)
+    propose([Member(recipe("mood", **WEAK), packed.files["mood"])], out=tmp_path / "one", **given)
+    needed = len(fitted)
+    assert needed
+    propose([Member(recipe("mood", **WEAK, seed=1), packed.files["mood"])], out=tmp_path / "two", **given)
+    assert len(fitted) > needed
+    fitted.clear()
+    for path in (tmp_path / "work").glob("prefix-*"):
+        shutil.rmtree(path)
+    propose([Member(recipe("mood", **WEAK), packed.files["mood"])], out=tmp_path / "three", **given)
+    assert 0 < len(fitted) < needed
+
+
 # -- what is live on a server ------------------------------------------------------------------------------------------
 
 
@@ -411,6 +468,7 @@ def test_it_packs_a_task_without_dev_file(
         (("--max-passes", "0.9"), "--max-passes must be 1 or more: the bare trunk alone takes one pass"),
         (("--live", "nowhere"), "nowhere is not a folder: name the folder of the live artifacts with --live"),
         (("--out", "."), ". exists and is not empty: name a new folder with --out"),
+        (("--work", "/dev/null"), "/dev/null cannot be used: File exists; name another folder with --work"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(
@@ -451,3 +509,6 @@ def test_an_interrupted_training_writes_nothing(
     assert run(*arguments) == 130
     assert capsys.readouterr().err == "manifold pack: interrupted, nothing was written\n"
     assert sorted(tmp_path.iterdir()) == before
+    work = tmp_path / "work"
+    assert run(*arguments, "--work", str(work)) == 130
+    assert capsys.readouterr().err == f"manifold pack: interrupted, the same command goes on from {work}\n"
