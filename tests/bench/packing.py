@@ -34,7 +34,7 @@ from tests.bench.machine import describe
 
 TEXTS = ("trec", "sst2", "emotion", "banking77", "tweeteval_offensive", "davidson_hate", "sms_spam", "snips")
 PAIRS = ("snli_small", "mrpc", "qqp10k", "rte")
-DEV_ROWS, TEST_ROWS = 500, 1000
+DEV_ROWS, TEST_ROWS = 1000, 1000
 LIVE_FIRST_LAYER = 4
 EPOCHS, PATIENCE = 7, 2
 REPORT = Path(__file__).with_name("PACKING.md")

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,8 +40,9 @@ MOST_SCRAPE_MS = 50.0
 OFF, ON, FULL, MANY = "off", "on", "on, every request traced", "many"
 ORDERS = ((OFF, ON, FULL), (FULL, ON, OFF), (ON, OFF, FULL), (FULL, OFF, ON))  # so that none is always behind another
 SAMPLE = 0.1  # share of requests that is traced
-SCRAPE_S = 5.0  # between scrapes; docker/prometheus asks each 15 s
-SCRAPE_ROUNDS, SCRAPED_S = 6, 6
+SCRAPE_S = 5.0  # between scrapes of what is compared; docker/prometheus asks each 15 s
+OFTEN_S, SELDOM_S = 2.5, 15.0  # between scrapes of many tasks: the latter as docker/prometheus asks
+SCRAPE_ROUNDS, SCRAPED_S = 6, 30
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Found:
     loads: dict[tuple[str, str], list[Load]] = field(default_factory=dict)  # by traffic and server
     cpu_us: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)  # a request: see cpu_us()
     scrapes_ms: dict[str, list[float]] = field(default_factory=dict)  # by whether the server had other work
-    p99_ms: dict[bool, list[float]] = field(default_factory=dict)  # by whether it was scraped meanwhile
+    p99_ms: dict[float, list[float]] = field(default_factory=dict)  # by how often it was scraped meanwhile; 0: never
     scrape_bytes: int = 0
     scrape_lines: int = 0
 
@@ -175,14 +176,11 @@ def measure_scrape(one: Running, text: TextSet, traffic: Traffic, rounds: int, s
     one.resume()
     run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds)  # every task has its series now
     for number in range(rounds):
-        for is_scraped in (True, False) if number % 2 else (False, True):
-            if is_scraped:
-                with scraping(one, SCRAPE_S / 2):
-                    load = run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds, 1000 * number)
-            else:
+        for every_s in (0.0, SELDOM_S, OFTEN_S)[:: -1 if number % 2 else 1]:
+            with scraping(one, every_s) if every_s else nullcontext():
                 load = run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds, 1000 * number)
-            found.p99_ms.setdefault(is_scraped, []).append(load.p99_ms)
-            print(f"{TASKS} tasks, scraped {is_scraped}: p99 {load.p99_ms:.1f} ms", flush=True)
+            found.p99_ms.setdefault(every_s, []).append(load.p99_ms)
+            print(f"{TASKS} tasks, scraped each {every_s:g} s: p99 {load.p99_ms:.1f} ms", flush=True)
     load_process = threading.Thread(
         target=run_wrk, args=(one.url, [traffic.call], text.file, FEW_CONNECTIONS, 8, 50_000), daemon=True
     )
@@ -234,8 +232,6 @@ def report(found: Found, threads: int, sittings: int, rounds: int, seconds: int)
         "|---|---|---|---|",
         *(_cpu(found, traffic, name) for name in (ON, FULL) for traffic in (ONE, SEVERAL)),
     ]
-    scraped, alone = found.p99_ms[True], found.p99_ms[False]
-    moved = statistics.median(scraped) / statistics.median(alone)
     idle, busy = (found.scrapes_ms[name] for name in ("idle", "under load"))
     middle_ms, most_ms = statistics.median(idle), max(idle)
     lines += [
@@ -250,9 +246,11 @@ def report(found: Found, threads: int, sittings: int, rounds: int, seconds: int)
         f"| a scrape beside {FEW_CONNECTIONS} requests for all of them at once | {statistics.median(busy):.1f} ms | "
         f"{max(busy):.1f} ms | it waits for its turn |",
         "",
-        f"p99 of those requests, scraped each {SCRAPE_S / 2:g} s over not scraped: {statistics.median(scraped):.0f} "
-        f"over {statistics.median(alone):.0f} ms, {moved:.3f} times (rounds: "
-        f"{', '.join(f'{s / a:.2f}' for s, a in zip(scraped, alone, strict=True))}).",
+        f"p99 of those requests, {SCRAPED_S} s a round, by how often it is scraped meanwhile:",
+        "",
+        "| scraped | p99 | over that of none (rounds) |",
+        "|---|---|---|",
+        *(_moved(found, every_s) for every_s in (SELDOM_S, OFTEN_S)),
         "",
     ]
     return "\n".join(lines)
@@ -268,6 +266,15 @@ def _cost(found: Found, traffic: Traffic, name: str) -> str:
         f"| {traffic.name}: {name} | {_median(off, 'texts_s'):.1f} | {_median(on, 'texts_s'):.1f} | **{middle:.3f}** "
         f"({low:.3f} to {high:.3f}) | {_median(off, 'p99_ms'):.0f}, "
         f"{_median(on, 'p99_ms'):.0f} ms | {verdict}{f', {failed} failed' if failed else ''} |"
+    )
+
+
+def _moved(found: Found, every_s: float) -> str:
+    scraped, alone = found.p99_ms[every_s], found.p99_ms[0.0]
+    ratios = [s / a for s, a in zip(scraped, alone, strict=True)]
+    return (
+        f"| each {every_s:g} s | {statistics.median(scraped):.0f} ms, none {statistics.median(alone):.0f} ms | "
+        f"{statistics.median(ratios):.3f} ({', '.join(f'{ratio:.2f}' for ratio in ratios)}) |"
     )
 
 
