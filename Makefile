@@ -44,7 +44,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-bench: bench-limits bench-fanout bench-serving bench-growth
+bench: bench-limits bench-fanout bench-serving bench-growth $(if $(DATA),bench-learning bench-few-labels bench-experiment)
 	@$(BIN)/python -m tests.bench.report
 
 bench-fanout: $(VENV)/.dev

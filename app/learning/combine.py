@@ -22,7 +22,7 @@ from app.engine.engine import Engine
 from app.engine.folder import list_artifacts
 from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
-from app.errors import SettingsError
+from app.errors import ManifoldError, SettingsError
 from app.learning import evaluation, writer
 from app.learning.data import Example, Table
 from app.learning.evaluation import Scored
@@ -180,7 +180,7 @@ def update(
     if old.manifest["problem_type"] != ProblemType.EMBEDDING:
         raise SettingsError(f"{representation} is a task, no representation: write one with manifold combine --name")
     index, frozen = _replaced(old, *replace, exact.spec)
-    paths = [path for given in heads for path in _heads_in(given, old, exact.spec)]
+    paths = [path for given in heads for path in _heads_in(given, old, exact.spec, watcher)]
     read = [_read_head(path, old, files, exact.spec) for path in paths]
     name, readout = old.manifest["task"], old.manifest["readout"]
     _check_distinct([name, *(head.task for head in read)])
@@ -229,20 +229,24 @@ def _replaced(old: Artifact, name: str, new: Path, spec: BackboneSpec) -> tuple[
     return index, Frozen(tuple(prefixes), tuple(entries))
 
 
-def _heads_in(given: Path, old: Artifact, spec: BackboneSpec) -> list[Path]:
+def _heads_in(given: Path, old: Artifact, spec: BackboneSpec, watcher: Watcher) -> list[Path]:
     """An artifact itself; of a folder of artifacts each task's newest version, where that reads what `old` holds."""
     if (given / MANIFEST).exists() or not given.is_dir():
         return [given]
     newest = {place.path.relative_to(given).parts[0]: place.path for place in list_artifacts(given)}
-    found = [path for path in newest.values() if (path / MANIFEST).is_file() and _reads(path, old, spec)]
+    found = [path for path in newest.values() if (path / MANIFEST).is_file() and _reads(path, old, spec, watcher)]
     if not found:
         name = old.manifest["task"]
         raise SettingsError(f"no artifact in {given} reads {name}: name its heads, or a folder that holds them")
     return found
 
 
-def _reads(path: Path, old: Artifact, spec: BackboneSpec) -> bool:
-    artifact = read_artifact(path, spec)
+def _reads(path: Path, old: Artifact, spec: BackboneSpec, watcher: Watcher) -> bool:
+    try:
+        artifact = read_artifact(path, spec)
+    except ManifoldError as error:  # of another backbone, or broken: no head that is served beside it
+        watcher.notice([f"{path} is left out: {error}"])
+        return False
     return artifact.manifest["problem_type"] != ProblemType.EMBEDDING and _row(artifact) == _row(old)
 
 

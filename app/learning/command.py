@@ -102,9 +102,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser, default: Recipe) ->
     group.add_argument("--epochs", type=int, metavar="N", help=told)
     for name in ("patience", "batch_size", "seed"):
         group.add_argument(_flag(name), type=int, default=getattr(default, name), metavar="N", help=_DEFAULT)
-    for name in _RATES:
-        told = f"{_CLASS_WEIGHT_POWER}; {_DEFAULT}" if name == "class_weight_power" else _DEFAULT
-        group.add_argument(_flag(name), type=float, default=getattr(default, name), metavar="X", help=told)
+    for name in _RATES:  # None: a search may choose; a given one, also the default's own number, stays
+        told = f"default {getattr(default, name):g}"
+        told = f"{_CLASS_WEIGHT_POWER}; {told}" if name == "class_weight_power" else told
+        group.add_argument(_flag(name), type=float, metavar="X", help=told)
 
 
 _SHIPPED_PREFIXES = Path(__file__).resolve().parents[2] / "prefixes"
@@ -191,6 +192,8 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
     given = any(getattr(args, name) is not None for name in _CHOICES)
     if given and (args.auto or args.compose):
         raise SettingsError("--auto and --compose choose what --readout, --prefixes and the like give: leave one out")
+    if args.first_layer is not None and not args.num_virtual_tokens:
+        raise SettingsError("--first-layer is where the task's own prefix begins: give --num-virtual-tokens too")
     if args.finetune_epochs < 1:
         raise SettingsError("--finetune-epochs is out of range: give 1 or more")
     is_search = args.auto is not False and not given and not args.compose
@@ -215,15 +218,11 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
 
 def _given(args: argparse.Namespace) -> list[str]:
     """Choices of the recipe that stand on the command line and that a search must leave alone."""
-    plain = vars(_parser().parse_args([]))
-    names = (*_RATES, "hidden", "num_queries")
-    return [name for name in names if getattr(args, name) != plain[name]]
+    return [name for name in (*_RATES, "hidden", "num_queries") if getattr(args, name) is not None]
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    given = {name: getattr(args, name) for name in _RATES}
-    if args.epochs is not None:
-        given["epochs"] = args.epochs
+    given = {name: getattr(args, name) for name in ("epochs", *_RATES) if getattr(args, name) is not None}
     return Recipe(
         task=args.task,
         readout=None if args.readout is None else ReadoutKind(args.readout),

@@ -75,7 +75,8 @@ def compress(
     if not tolerance >= 0:
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
     kind = ProblemType(artifact.manifest["problem_type"])
-    tables = Tables.read(files, kind, tokenizer=TextTokenizer(backbones[0].path))
+    seed = recipe_of(artifact, ()).seed  # what a dev part is split off by, here and where the head is fitted again
+    tables = Tables.read(files, kind, seed, TextTokenizer(backbones[0].path))
     check_answers(artifact, tables)
     work = _Work(artifact, files, tables, backbones, watcher)
     watcher.stage("measuring the artifact as it is", 0)

@@ -163,7 +163,7 @@ class Task:
         )
 
 
-def check(members: Sequence[Member], limits: Limits, out: Path) -> None:
+def check(members: Sequence[Member], limits: Limits, out: Path, work: Path | None = None) -> None:
     names = [member.recipe.task for member in members]
     if not names:
         raise SettingsError("there is no task to pack")
@@ -175,6 +175,8 @@ def check(members: Sequence[Member], limits: Limits, out: Path) -> None:
         raise SettingsError("--tolerance must be in 0 … 100 points")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} exists and is not empty: name a new folder with --out")
+    if work is not None and work.resolve().is_relative_to(out.resolve()):
+        raise SettingsError(f"--work {work} lies in --out {out}, which is new each time: name another folder")
     writer.check_room(out.absolute())
 
 
@@ -526,7 +528,8 @@ class Search:
         tables, spec = study.tables, self.backbone.spec
         rows = {name: [table.sha256, len(table.examples)] for name, table in tables.named.items() if name != "test"}
         frozen = [prefix.digest for prefix in read_frozen(recipe, spec).prefixes]
-        return key_of(recipe, {"rows": rows, "prefixes": frozen, "model": [spec.fingerprint, spec.dtype]})
+        told = {"rows": rows, "prefixes": frozen, "model": [spec.fingerprint, spec.dtype]}
+        return key_of(recipe, told | {"problem": [tables.problem_type, *tables.labels]})
 
     def _study(self, task: Task) -> Study:
         """A new one each time: the states of all tasks would not fit into memory."""

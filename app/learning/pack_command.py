@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, pull: Pull | None = None) -> int:
 def _run(args: argparse.Namespace, pull: Pull | None) -> int:
     members = _members(args.config, args.tasks)
     limits = Limits(args.tolerance / 100, args.max_passes)
-    check(members, limits, args.out)
+    check(members, limits, args.out, args.work)
     console = Console()
     names = [member.recipe.task for member in members]
     with Screen(console) as screen, _live(args.live, pull, names, screen) as (live, others):

@@ -68,7 +68,7 @@ def propose(
     whatever happens, `out` is never half written.
     """
     limits = limits or Limits()
-    check(members, limits, out)
+    check(members, limits, out, work)
     backbone, exact = backbones
     live = find_live(live_folder, [member.recipe.task for member in members], exact.spec)
     tasks = read_tasks(members, live, exact, watcher, others)
@@ -136,6 +136,7 @@ class _Release:
         tolerance, spec = self.search.limits.tolerance, self.search.backbone.spec
         made_from = {
             "files": {name: table.sha256 for name, table in task.tables.named.items()},
+            "problem": [task.tables.problem_type, *task.tables.labels],
             "prefixes": [prefix.digest for prefix in read_frozen(recipe, spec).prefixes],
             "model": [spec.fingerprint, spec.dtype],
             "tolerance": tolerance,

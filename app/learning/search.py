@@ -152,18 +152,21 @@ class Fits(list[tuple[Candidate, Fitted]]):
     """Candidates and how they did. A user's interrupt ends the adding and leaves what is there."""
 
     was_interrupted = False
+    _last: Recipe | None = None  # its states are there still
 
     def add(self, study: Study, tried: Sequence[Candidate], report: Report) -> None:
         """Raises KeyboardInterrupt where it comes before anything is there."""
-        for candidate in tried:
+        for index, candidate in enumerate(tried):
             if self.was_interrupted:
                 return
             try:
+                if self._last is not None:
+                    study.forget(self._last, but=[later.recipe for later in tried[index:]])
+                self._last = candidate.recipe
                 fitted = study.fit(candidate.recipe, lambda *_: None)
                 self.append((candidate, fitted))
                 self.was_interrupted = fitted.was_interrupted
                 report(candidate.name, candidate.passes, fitted.best.dev, fitted.seconds)
-                study.forget(candidate.recipe)
             except KeyboardInterrupt:
                 if not self:
                     raise

@@ -182,13 +182,19 @@ class Study:
         part.scaling, part._whole, part._rows = self.scaling, self, rows
         return part
 
-    def forget(self, recipe: Recipe) -> None:
-        """Free the states that only this recipe's frozen prefixes or positions make; they come again when asked for."""
-        key = _key(cache_plan(recipe, read_frozen(recipe, self.backbone.spec)))
-        if key != _TRUNK:
+    def forget(self, recipe: Recipe, but: Iterable[Recipe] = ()) -> None:
+        """Free the states that only this recipe's frozen prefixes or positions make, and none of `but` reads.
+
+        They come again when asked for.
+        """
+        key = self._view_of(recipe)
+        if key != _TRUNK and key not in map(self._view_of, but):
             self._views.pop(key, None)
             if self._whole is not None:
                 self._whole._views.pop(key, None)
+
+    def _view_of(self, recipe: Recipe) -> _Key:
+        return _key(cache_plan(recipe, read_frozen(recipe, self.backbone.spec)))
 
     def split(self, plan: CachePlan, name: str) -> Split:
         """The states that `plan` asks for of one table, and its targets."""

@@ -219,7 +219,10 @@ PEFT's trainer in float32 throughout.
 
 def _verdict(runs: list[Run]) -> str:
     ours = next(run for run in runs if "first layer 4" in run.name)
-    theirs = min((run for run in runs if "PEFT" in run.name), key=lambda run: (run.reached_s is None, run.reached_s))
+    theirs = min(
+        (run for run in runs if "PEFT" in run.name),
+        key=lambda run: (run.reached_s is None, run.reached_s or run.seconds),
+    )
     if ours.reached_s is None:
         return "First layer 4 did not reach the dev score."
     spent = theirs.reached_s or theirs.seconds

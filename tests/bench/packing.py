@@ -95,6 +95,7 @@ def main() -> int:
     exact = backbone if backbone.spec.dtype == "float32" else Backbone.load("embedded", "cpu", "float32")
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        _check_alike(parser, work, args)
         screen = stack.enter_context(Screen(Console()))
         files = {name: cut(args.data, name, args.rows, work / "data" / name) for name in args.tasks.split(",")}
         for name, given in files.items():
@@ -108,6 +109,16 @@ def main() -> int:
         release = json.loads((work / "release" / RELEASE).read_text("utf-8"))
     REPORT.write_text(page(release, args, backbone), "utf-8")
     return 0
+
+
+def _check_alike(parser: argparse.ArgumentParser, work: Path, args: argparse.Namespace) -> None:
+    """What lies in `work` is of the same run."""
+    settings = [args.rows, DEV_ROWS, TEST_ROWS, args.tasks, args.tolerance, args.max_passes]
+    path = work / "settings.json"
+    if path.is_file() and json.loads(path.read_text("utf-8")) != settings:
+        parser.error(f"{work} holds a run with other settings: name another folder with --work")
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings), "utf-8")
 
 
 def page(release: Mapping[str, Any], args: argparse.Namespace, backbone: Backbone) -> str:

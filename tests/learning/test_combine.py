@@ -37,6 +37,7 @@ class Silent:
 
     def __init__(self, interrupt_in: str | None = None) -> None:
         self._interrupt_in = interrupt_in
+        self.noticed: list[str] = []
 
     def stage(self, name: str, total: int) -> None:
         if name == self._interrupt_in:
@@ -48,7 +49,8 @@ class Silent:
 
     def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None: ...
 
-    def notice(self, sentences: Sequence[str]) -> None: ...
+    def notice(self, sentences: Sequence[str]) -> None:
+        self.noticed += sentences
 
 
 @dataclass(frozen=True)
@@ -229,8 +231,13 @@ def test_a_prefix_is_replaced_and_its_heads_are_fitted_again(world: World, backb
 
 
 def test_the_heads_in_a_folder_are_those_that_read_it(world: World, backbone: Backbone, tmp_path: Path) -> None:
-    changes = replaced(world, backbone, tmp_path / "out", heads=[world.root])
+    shutil.copytree(world.root, tmp_path / "served")
+    (tmp_path / "served" / "trunk" / "manifest.json").write_text("{")
+    watcher = Silent()
+    changes = replaced(world, backbone, tmp_path / "out", heads=[tmp_path / "served"], watcher=watcher)
     assert list(changes["heads"]) == ["mood"]
+    (left_out,) = (sentence for sentence in watcher.noticed if "is left out" in sentence)
+    assert "served/trunk" in left_out
     assert digests(tmp_path / "out/mood") == digests(tmp_path / "out/both")
 
 

@@ -6,9 +6,11 @@ import argparse
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from app.errors import DataError
 from app.learning import command
 from app.learning.writer import check_room
 from tests.learning import samples
@@ -87,6 +89,26 @@ def test_an_interrupt_writes_nothing(
     assert run(*arguments) == 130
     assert "nothing was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_choice_that_is_given_stays_also_where_it_is_the_default(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[frozenset[str]] = []
+
+    def learned(*rest: Any) -> None:
+        given.append(rest[-1].given)
+        raise DataError("enough")
+
+    monkeypatch.setattr(command, "learn", learned)
+    assert run(*arguments, "--learning-rate", "0.001", "--dropout", "0.3") == 1
+    assert run(*arguments) == 1
+    assert given == [{"learning_rate", "dropout"}, frozenset()]
+
+
+def test_a_first_layer_without_a_prefix_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments, "--first-layer", "1") == 1
+    assert "give --num-virtual-tokens too" in capsys.readouterr().err
 
 
 def test_the_ceiling_needs_an_epoch(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

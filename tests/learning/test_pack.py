@@ -347,10 +347,15 @@ def test_other_settings_and_lost_prefixes_are_fitted_anew(
 ) -> None:
     given = {"live_folder": packed.live, "backbones": (backbone, backbone), "work": tmp_path / "work"}
     given |= {"limits": Limits(TOLERANCE, MAX_PASSES), "watcher": Silent()}
+    (tmp_path / "none").mkdir()
     fitted = fits_counted(monkeypatch)
     propose([Member(recipe("mood", **WEAK), packed.files["mood"])], out=tmp_path / "one", **given)
     needed = len(fitted)
     assert needed
+    other = Member(recipe("mood", **WEAK), plain_files(tmp_path))
+    propose([other], out=tmp_path / "other", **given | {"live_folder": tmp_path / "none"})
+    assert len(fitted) >= 2 * needed, "of the same name and settings, and of another type"
+    needed = len(fitted)
     propose([Member(recipe("mood", **WEAK, seed=1), packed.files["mood"])], out=tmp_path / "two", **given)
     assert len(fitted) > needed
     fitted.clear()
@@ -509,6 +514,8 @@ def test_an_interrupted_training_writes_nothing(
     assert run(*arguments) == 130
     assert capsys.readouterr().err == "manifold pack: interrupted, nothing was written\n"
     assert sorted(tmp_path.iterdir()) == before
+    assert run(*arguments, "--work", str(tmp_path / "out" / "work")) == 1
+    assert "which is new each time: name another folder" in capsys.readouterr().err
     work = tmp_path / "work"
     assert run(*arguments, "--work", str(work)) == 130
     assert capsys.readouterr().err == f"manifold pack: interrupted, the same command goes on from {work}\n"

@@ -24,7 +24,17 @@ from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Options, learn, with_enough_steps
 from app.learning.prepare import cache_plan, read_frozen
 from app.learning.recipe import Recipe
-from app.learning.search import Arrangement, Candidate, Fits, Point, candidates, choose, passes_of, refinements
+from app.learning.search import (
+    Arrangement,
+    Candidate,
+    Fits,
+    Point,
+    candidates,
+    choose,
+    passes_of,
+    refinements,
+    search,
+)
 from app.learning.study import Files, Fitted, Study, Tables
 from app.learning.trainer import Epoch
 from tests.learning import samples
@@ -93,6 +103,44 @@ def test_states_are_computed_once_for_all_candidates(
     for candidate in candidates(recipe(epochs=1), study, ALL, pool):
         study.fit(candidate.recipe)
     assert len(watcher.stages) == before
+
+
+def test_settings_of_a_combination_share_its_states(tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...]) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=60), backbone)
+    (combined,) = candidates(recipe(epochs=1), study, [Arrangement.COMBINATION], pool)
+    rates = [replace(combined, recipe=replace(combined.recipe, learning_rate=rate)) for rate in (1e-3, 3e-3)]
+    trunk = candidates(recipe(epochs=1), study, [Arrangement.TRUNK], pool)[0]
+    watcher: Any = study.watcher
+    found = search(study, [trunk, *rates], 0.0, lambda *_: None)
+    before = len(watcher.stages)
+    study.logits(found.fitted, "dev")
+    search(study, rates, 0.0, lambda *_: None)
+    assert len(watcher.stages) == before
+    fits = Fits()
+    for candidate in (combined, trunk, combined):  # what no other reads is given up
+        fits.add(study, [candidate], lambda *_: None)
+    fits.add(study, [trunk], lambda *_: None)
+    study.fit(combined.recipe)
+    assert len(watcher.stages) > before
+
+
+def test_others_join_the_best_prefix_while_they_help(
+    tmp_path: Path, backbone: Backbone, pool: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(files_of(tmp_path, samples.single_rows, count=40), backbone)
+    third = tmp_path / "three"
+    shutil.copytree(pool[0], third)
+    one, two, three = (*pool, third)
+    scores = {(): 0.5, (one,): 0.6, (two,): 0.7, (three,): 0.6, (one, two, three): 0.65, (two, one): 0.72}
+    monkeypatch.setattr(study, "fit", lambda recipe, *_: replace(fit(scores.get(recipe.prefixes, 0.71)), recipe=recipe))
+    monkeypatch.setattr(study, "forget", lambda *_, **__: None)
+    monkeypatch.setattr("app.learning.compose.passes_of", lambda recipe, _: 1.0 + len(recipe.prefixes) / 10)
+    tried: list[str] = []
+    found = compose(study, recipe(epochs=3), (one, two, three), 0.0, lambda name, *_: tried.append(name))
+    assert tried[4:] == ["one + two + three", "two + one", "two + three"]
+    assert found.candidate.recipe.prefixes == (two, one)
+    within = compose(study, recipe(epochs=3), (one, two, three), 0.03, lambda *_: None)
+    assert within.candidate.recipe.prefixes == (two,), "the cheaper one is near enough"
 
 
 def test_a_part_of_a_study_has_the_same_states(tmp_path: Path, backbone: Backbone) -> None:
