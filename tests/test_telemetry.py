@@ -319,8 +319,8 @@ def test_what_is_refused_at_once_says_nothing_of_how_long_answers_take(metrics: 
 def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
     for version in (1, 11):
         for arm in ("champion", "shadow"):
-            metrics.predicted("spam", version, arm, "ok")
-    metrics.predicted("intent", 1, "champion", "error")
+            metrics.predicted("spam", version, arm, "success")
+    metrics.predicted("intent", 1, "champion", "failure")
     metrics.ran(BatchReport(1, 16, 0.0, 0.02, 0.0, {("spam", 1): 0.5, ("spam", 11): 0.5}, passes=1.0))
     for version in (1, 11):
         metrics.scored("spam", version, ("ham",), np.array([[0.2]]))
@@ -338,10 +338,25 @@ def test_a_version_that_is_forgotten_leaves_no_series(metrics: Metrics) -> None:
     ]
     found = {name for name in samples(metrics) if name.startswith("manifold_predictions_total")}
     assert found == {
-        "manifold_predictions_total{arm=champion,outcome=ok,task=spam,version=11}",
-        "manifold_predictions_total{arm=shadow,outcome=ok,task=spam,version=11}",
-        "manifold_predictions_total{arm=champion,outcome=error,task=intent,version=1}",
+        *(
+            f"manifold_predictions_total{{arm={arm},outcome={outcome},task=spam,version=11}}"
+            for arm in ("champion", "shadow")
+            for outcome in ("success", "failure")
+        ),
+        "manifold_predictions_total{arm=champion,outcome=failure,task=intent,version=1}",
     }
+    metrics.predicted("spam", 1, "champion", "success")  # it is loaded again
+    assert samples(metrics)["manifold_predictions_total{arm=champion,outcome=failure,task=spam,version=1}"] == 0
+
+
+def test_failures_are_there_before_the_first_one(metrics: Metrics) -> None:
+    """A series that is new has no increase."""
+    found = samples(metrics)
+    for route in ("/v1/predict", "/v1/embeddings"):
+        assert [found[f"manifold_requests_total{{code={code},route={route}}}"] for code in (500, 503, 504)] == [0.0] * 3
+    assert found["manifold_rejected_total{reason=full}"] == 0.0
+    metrics.predicted("spam", 1, "champion", "success")
+    assert samples(metrics)["manifold_predictions_total{arm=champion,outcome=failure,task=spam,version=1}"] == 0.0
 
 
 def test_a_task_that_is_not_live_any_more_has_no_unserved_versions(metrics: Metrics) -> None:
@@ -372,7 +387,7 @@ def test_staleness_grows_by_itself_while_the_index_is_gone(metrics: Metrics, clo
 def test_two_servers_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.answered("/v1/predict", 200, 0.02)
-    assert not any(name.startswith("manifold_requests_total") for name in samples(other))
+    assert not any(value for name, value in samples(other).items() if name.startswith("manifold_requests_total"))
 
 
 def test_any_label_value_is_escaped(metrics: Metrics) -> None:

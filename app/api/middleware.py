@@ -29,6 +29,7 @@ from app.telemetry.tracing import UNTRACED, Caller, Trace, parse_caller
 
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
+_GONE = 499  # as nginx has it: the client has gone, and nobody hears this
 _FREE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})
 _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 
@@ -36,7 +37,7 @@ _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
 class Border:
     """Gives each request an id (the caller's where it is sane), its time and its trace.
 
-    Every exception becomes an answer.
+    Every exception becomes an answer. Of a request whose client leaves before its answer the status is 499.
     """
 
     def __init__(self, app: ASGIApp, logs_requests: bool = False) -> None:
@@ -58,9 +59,7 @@ class Border:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 duration_s = time.monotonic() - began_s
-                _count(scope, status, duration_s)
-                if self.logs_requests and scope["path"] not in _FREE:
-                    log_request(scope, status, duration_s)
+                self._told(scope, status, duration_s)
                 total = milliseconds(duration_s)
                 stamps = (b"x-request-id", request_id.encode()), (b"x-total-time", total.encode())
                 message = {**message, "headers": [*message["headers"], *stamps]}
@@ -68,6 +67,8 @@ class Border:
 
         try:
             await self.app(scope, receive, send_stamped)
+            if status is None:
+                self._told(scope, _GONE, time.monotonic() - began_s)
         except Exception as error:
             fault = error
             _log(error, request_id, trace)
@@ -78,6 +79,11 @@ class Border:
             if status != 401:  # whoever has no key could fill the receiver with what he says is to be recorded
                 trace.end(lambda: describe(scope, status, fault))
             fault = None  # its traceback holds this frame, and so the body: a cycle that would wait for the collector
+
+    def _told(self, scope: Scope, status: int, duration_s: float) -> None:
+        _count(scope, status, duration_s)
+        if self.logs_requests and scope["path"] not in _FREE:
+            log_request(scope, status, duration_s)
 
 
 class Gatekeeper:

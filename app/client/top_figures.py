@@ -57,6 +57,11 @@ def device_busy(between: Between) -> float | None:
     return between.rate(_DEVICE)
 
 
+def unserved(between: Between) -> int:
+    """Live versions of the index that the server cannot serve."""
+    return round(sum(between.gauges("manifold_versions_unserved", "task").values()))
+
+
 def cached(between: Between) -> float | None:
     """The share of answers that were found."""
     hits, misses = (between.increase(f"manifold_answer_cache_{kind}_total") for kind in ("hits", "misses"))
@@ -123,17 +128,22 @@ def _rows(task: Mapping[str, Any], counted: _Counted) -> Iterator[Row]:
 
 
 def _arms(task: Mapping[str, Any], counted: _Counted) -> Iterator[tuple[str, str, str]]:
-    """Version, arm, and the arm in words: what is live, and what callers have pinned since."""
+    """Version, arm, and the arm in words: what is live, and what answered beside it.
+
+    That is what callers have pinned, and what answers in the place of a version that cannot be loaded.
+    """
     traffic = task["traffic"]
+    live: list[tuple[str, str, str]] = []
     if traffic is not None:
-        yield str(traffic["champion"]), "champion", "champion"
+        live.append((str(traffic["champion"]), "champion", "champion"))
         for challenger in traffic["challengers"]:
-            yield str(challenger["version"]), "challenger", f"challenger {challenger['percent']:g} %"
-        for version in traffic["shadow"]:
-            yield str(version), "shadow", "shadow"
+            live.append((str(challenger["version"]), "challenger", f"challenger {challenger['percent']:g} %"))
+        live += [(str(version), "shadow", "shadow") for version in traffic["shadow"]]
+    yield from live
+    known = {(version, arm) for version, arm, _ in live}
     for (name, version, arm), grown in sorted(counted.answers.items()):
-        if (name, arm) == (task["name"], "pinned") and grown:
-            yield version, arm, arm
+        if name == task["name"] and grown and (version, arm) not in known:
+            yield version, arm, arm if arm == "pinned" else f"{arm} until now"
 
 
 def _most(value: Callable[[Row], float | None]) -> Callable[[list[Row]], float]:

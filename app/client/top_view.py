@@ -24,6 +24,7 @@ from app.client.top_figures import (
     passes_per_request,
     requests,
     stage_means_s,
+    unserved,
 )
 from app.rollout import printable
 
@@ -32,6 +33,8 @@ _UNKNOWN = "–"
 _CHANGES_HEAD = 2  # lines above the first change
 _WORDS = {"task", "arm"}
 _GAP = 2  # between two columns
+_UNFOLDED = 10_000
+_INDENT = 11  # of what is said behind a name
 
 # Heading, and how a row says it.
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -63,7 +66,9 @@ class Frame:
 
 def view(frame: Frame, order: str, room: ConsoleDimensions) -> RenderableType:
     """What fits a terminal of this size: the tasks that come first in the order, changes on at most a third of it."""
-    head, changes = list(_head(frame)), list(_changes(frame))
+    head, changes = list(_head(frame, room.width)), list(_changes(frame))
+    if len(head) > room.height // 2:
+        head = list(_head(frame, _UNFOLDED))  # cut where it is too narrow
     rows = [row for group in groups(frame.tasks, frame.between, order) for row in group]
     left = max(room.height - len(head) - 3, 0)  # an empty line, the headings, and what says how many are left out
     if len(rows) + len(changes) > left:
@@ -77,20 +82,20 @@ def view(frame: Frame, order: str, room: ConsoleDimensions) -> RenderableType:
 def plain(frame: Frame, order: str, width: int) -> RenderableType:
     """All of it, at any length."""
     rows = [row for group in groups(frame.tasks, frame.between, order) for row in group]
-    return Group(*_head(frame), Text(), _table(rows, width), *_changes(frame))
+    return Group(*_head(frame, width), Text(), _table(rows, width), *_changes(frame))
 
 
 # -- the head ----------------------------------------------------------------------------------------------------------
 
 
-def _head(frame: Frame) -> Iterator[Text]:
+def _head(frame: Frame, width: int) -> Iterator[Text]:
     if frame.trouble:
         yield _line(f"{frame.trouble}; all below is of {when(frame.read_at)}", "bold red")
     yield _server(frame)
     for asked in requests(frame.between):
         yield _line(_requests(asked))
-    yield _engine(frame.between)
-    yield _stages(frame.between)
+    yield from _folded("engine", _engine(frame.between), width)
+    yield from _folded("stages", _stages(frame.between), width)
     yield from _index(frame.between)
 
 
@@ -109,11 +114,11 @@ def _requests(asked: Requests) -> str:
     return f"{name:<11} {_figure(asked.rate, '.1f')}/s  {times}  failed {percent(asked.failed)}"
 
 
-def _engine(between: Between) -> Text:
+def _engine(between: Between) -> list[Text]:
     rejected = _figure(between.rate("manifold_rejected_total") or 0.0, ".1f")
     memory = between.gauge("process_resident_memory_bytes")
     parts = (
-        f"{'engine':<11} {_figure(passes_per_request(between), '.2f')} passes a request",
+        f"{_figure(passes_per_request(between), '.2f')} passes a request",
         f"device {percent(device_busy(between))}",
         f"{_figure(between.mean('manifold_batch_rows'), '.1f')} rows a batch",
         f"{_figure(between.gauge('manifold_queue_rows'), '.0f')} waiting",
@@ -121,19 +126,29 @@ def _engine(between: Between) -> Text:
         f"cached {percent(cached(between))}",
         f"memory {_UNKNOWN if memory is None else size(int(memory))}",
     )
-    return _line("  ".join(parts))
+    return [_line(part) for part in parts]
 
 
-def _stages(between: Between) -> Text:
-    """The longest one is bold."""
+def _stages(between: Between) -> list[Text]:
+    """The longest one is bold, but never queue: where requests wait, it is for the others."""
     means_s = stage_means_s(between)
-    longest = max((mean for mean in means_s.values() if mean is not None), default=None)
-    line = _line(f"{'stages':<11}")
-    for stage, mean in means_s.items():
-        is_longest = mean is not None and mean == longest
-        line.append(f" {stage} {_time(mean)} ", "bold" if is_longest else "")
-    line.rstrip()
-    return line
+    longest = max((mean for stage, mean in means_s.items() if mean is not None and stage != "queue"), default=None)
+    return [
+        _line(f"{stage} {_time(mean)}", "bold" if mean is not None and mean == longest and stage != "queue" else "")
+        for stage, mean in means_s.items()
+    ]
+
+
+def _folded(name: str, parts: Sequence[Text], width: int) -> Iterator[Text]:
+    """On as many lines as it takes: what is cut off may be what somebody looks for."""
+    line = _line(f"{name:<11}")
+    for part in parts:
+        if line.cell_len > _INDENT and line.cell_len + _GAP + part.cell_len > width:
+            yield line
+            line = _line(" " * _INDENT)
+        line.append(" " if line.cell_len == _INDENT else "  ")
+        line.append_text(part)
+    yield line
 
 
 def _index(between: Between) -> Iterator[Text]:
@@ -143,6 +158,8 @@ def _index(between: Between) -> Iterator[Text]:
         yield _line(f"the index does not answer for {staleness_s} s: what is live stays live", "bold red")
     if failures := between.increase("manifold_prefix_load_failures_total"):
         yield _line(f"{failures:.0f} loads of versions failed: manifold index says which", "bold red")
+    if count := unserved(between):
+        yield _line(f"{count} live versions are not served here: manifold index says which", "bold red")
 
 
 # -- tasks and changes -------------------------------------------------------------------------------------------------

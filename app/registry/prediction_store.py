@@ -232,12 +232,16 @@ class PredictionStore:
         found: Found,
         searched: set[tuple[str, str]],
     ) -> bool:
-        """False where one of the files is not there any more: it was finished, or was the oldest."""
-        is_complete = True
+        """False where one of the files is not there any more: it was finished, or was the oldest.
+
+        Files that overlap `until_s`, which may be where an earlier search was given up, are all searched and one
+        behind them, whatever it takes: so each search comes further than the one before.
+        """
+        is_complete, is_further = True, False
         wanted = [file for file in files if _overlaps(file.name, since_s, until_s)]
         for file in sorted(wanted, key=lambda file: (_ended_s(file.name), file.name.began_s), reverse=True):
             is_much = found.size_bytes + file.size_bytes > _SEARCHED_BYTES or time.monotonic() > deadline_s
-            if is_much and found.files:
+            if is_much and is_further:
                 found.stopped_s = min(math.ceil(file.name.ended_s or time.time()), until_s)
                 break
             try:
@@ -253,6 +257,7 @@ class PredictionStore:
                 found.damaged.append(str(file.name))
                 rows = []
             searched.add(file.name.key)
+            is_further |= math.isinf(until_s) or _ended_s(file.name) <= until_s - 1  # stops are whole seconds
             found.files, found.size_bytes = found.files + 1, found.size_bytes + file.size_bytes
             found.oldest_s = min(found.oldest_s or file.name.began_s, file.name.began_s)
             found.rows += [row for row in rows if _is_within(row, since_s, until_s)]
@@ -271,11 +276,10 @@ class PredictionStore:
 
     def _files(self) -> list[_File]:
         """Every server's; a part that is being finished once."""
+        here = [] if self._is_local else list(self._here())  # first: a part may be uploaded meanwhile
         stored = list(self._stored())
         finished = {file.name.key for file in stored if file.name.ended_s is not None}
-        others = [file for file in stored if file.name.ended_s is None]
-        if not self._is_local:
-            others += self._here()
+        others = [*(file for file in stored if file.name.ended_s is None), *here]
         done = [file for file in stored if file.name.ended_s is not None]
         return done + [file for file in others if file.name.key not in finished]
 

@@ -32,7 +32,7 @@ def log_changes(read: ReadAudit, before: int, generation: int, num_entries: int)
     try:
         changes = _newest(read, before, generation, num_entries)
         others = generation - before - len(changes)
-        if others > 0:
+        if others > 0 and not any(entry.action == "restore" for entry in changes):  # which leaves generations out
             logger.info("%d more changes of the index before these: manifold audit shows them", others)
         for entry in changes:
             fields = _fields(entry)

@@ -28,6 +28,7 @@ OTHER = "other"  # the highest score of the rest
 _MOST_RESTING = 32  # windows of versions that are not live any more, and may be again
 _TEXTS_TOGETHER, _COUNT_EVERY_S = 128, 2.0  # texts of a version are counted together: alone they cost far more
 _COMPARE_EVERY_S = 1.0
+_MOST_WAITING = 20_000  # outputs: beyond, memory goes before those who answer
 _COUNTED_AT_ONCE, _COMPARED_AT_ONCE = 16, 4  # versions a look, so that hundreds do not hold up those who answer
 _SAVE_EVERY_S = 5.0
 _SAVING_SHARE = 0.01  # of the time may go into saving
@@ -94,6 +95,7 @@ class DriftWatcher:
         self._saved, self._metrics = saved, metrics
         self._snapshot: Snapshot | None = None
         self._live: dict[str, _Watched] = {}  # by digest
+        self._num_waiting = 0  # outputs of all of them that are not counted yet
         self._resting: OrderedDict[str, Rows] = OrderedDict(saved.load())  # by digest, the latest last
         self._uncompared: dict[str, None] = {}  # digests, the longest waiting first
         self._is_dirty, self._is_failing, self._save_at_s = False, False, 0.0
@@ -101,7 +103,10 @@ class DriftWatcher:
     def take_in(self, served: Sequence[Served]) -> None:
         self._follow(self._current_snapshot())
         self._gather(served)
-        self._count_some()
+        if self._num_waiting > _MOST_WAITING:
+            self._count_all()
+        else:
+            self._count_some()
         self._compare_some()
         if self._is_dirty and time.monotonic() >= self._save_at_s:
             self._save()
@@ -187,6 +192,7 @@ class DriftWatcher:
                 for digest, output in reading.outputs.items():
                     watched = live.get(digest)
                     if watched is not None and output.error is None:
+                        self._num_waiting += 1
                         watched.outputs.append(output)
                         watched.encodings.append(reading.encoded)
 
@@ -207,6 +213,7 @@ class DriftWatcher:
         if not outputs:
             return
         watched.outputs, watched.encodings = [], []
+        self._num_waiting -= len(outputs)
         traits = traits_of(version, outputs, encodings, self._unknown_id)
         shown = watched.shown
         self._metrics.scored(version.task, version.version, shown.names, shown.of(traits.by_answer))

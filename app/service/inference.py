@@ -148,7 +148,11 @@ class InferenceService:
             snapshot = self._current_snapshot()
             version = representation(snapshot, model)
             run = await self._run(inputs, [(version,)] * len(inputs), truncate, trace)
-            vectors = [_vector(reading.outputs[version.digest], dimensions) for reading in run.readings]
+            outputs = [reading.outputs[version.digest] for reading in run.readings]
+            for output in outputs:
+                outcome = "success" if output.error is None else "failure"
+                self._metrics.predicted(version.task, version.version, Arm.CHAMPION, outcome)
+            vectors = [_vector(output, dimensions) for output in outputs]
             return Embeddings(snapshot.generation, vectors, run.usage, run.timings)
 
     def _check(self, inputs: Sequence[TextInput]) -> None:

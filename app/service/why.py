@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from app.domain import DEFAULT_THRESHOLD, ProblemType
@@ -24,6 +25,7 @@ from app.service.prediction_rows import is_sampled
 _AT_ONCE = 2  # searches
 _PAGE = 1000
 _MOST_PAGES = 20
+_CLOCKS_S = 300.0  # that the clocks of servers and index may differ
 _DECISIONS = {"approve", "reject", "retire"}
 
 
@@ -109,7 +111,7 @@ class Why:
             request_id,
             rows,
             tuple(self._answering(audits, *key) for key in dict.fromkeys(map(_version_key, rows))),
-            tuple(_traffic_then(audits, *key) for key in dict.fromkeys(map(_traffic_key, rows))),
+            tuple(_traffic_then(audits, *key, at_s) for key, at_s in _first_times(rows).items()),
             _searched(self._store, found),
             tuple(dict.fromkeys([*audits.gaps, *_not_searched(found)])),
         )
@@ -132,7 +134,7 @@ class Why:
 
     def _answering(self, audits: _Audits, task: str, number: int, digest: str) -> Answering:
         entries = audits.of(task)
-        concerned = [entry for entry in entries if _concerns(entry, task, number)]
+        concerned = [entry for entry in entries if _concerns(entry, task, number, digest)]
         published = next((_deed(e) for e in concerned if e.action in ("publish", "create", "restore")), None)
         decisions = tuple(_deed(e) for e in concerned if e.action in _DECISIONS or e.action == "create")
         known = self._catalog.snapshot.view.tasks.get(task)
@@ -192,10 +194,32 @@ def _traffic_key(row: Row) -> tuple[str, int]:
     return row["task"], row["generation"]
 
 
-def _traffic_then(audits: _Audits, task: str, generation: int) -> TrafficThen:
-    for entry in reversed(audits.of(task)):
+def _first_times(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """By task and generation, when the first of these was answered."""
+    times: dict[tuple[str, int], float] = {}
+    for row in rows:
+        key = _traffic_key(row)
+        times[key] = min(times.get(key, math.inf), _at_s(row))
+    return times
+
+
+def _at_s(row: Row) -> float:
+    """Infinity where a damaged row does not tell."""
+    try:
+        return datetime.fromisoformat(row["time"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return math.inf
+
+
+def _traffic_then(audits: _Audits, task: str, generation: int, at_s: float) -> TrafficThen:
+    """What was put after the answer is of another index, which took this one's place: its generations began anew."""
+    entries = audits.of(task)
+    earlier = [entry for entry in entries if entry.at <= at_s + _CLOCKS_S]
+    for entry in reversed(earlier):
         if entry.generation <= generation and (traffic := _traffic_after(entry, task)) is not None:
             return TrafficThen(task, generation, traffic, _deed(entry))
+    if any(entry.generation <= generation for entry in entries[len(earlier) :]):
+        audits.gaps.append(f"the index is younger than the answer: what traffic {task} had then is not known")
     return TrafficThen(task, generation, None, None)
 
 
@@ -207,10 +231,11 @@ def _traffic_after(entry: AuditEntry, task: str) -> Mapping[str, Any] | None:
     return stand if "champion" in stand else None
 
 
-def _concerns(entry: AuditEntry, task: str, number: int) -> bool:
+def _concerns(entry: AuditEntry, task: str, number: int, digest: str) -> bool:
+    """In another index the same number is of another content."""
     stand = _stand(entry, task)
-    versions = stand.get("versions", [stand])
-    return any(isinstance(version, Mapping) and version.get("version") == number for version in versions)
+    versions = filter(_mapping, stand.get("versions", [stand]))
+    return any(v.get("version") == number and v.get("digest", digest) == digest for v in versions)
 
 
 def _stand(entry: AuditEntry, task: str) -> Mapping[str, Any]:

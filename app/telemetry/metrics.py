@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ _STAGE_BUCKETS_S = (
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+_ASKED, _FAILURES = ("/v1/predict", "/v1/embeddings"), ("500", "503", "504")
 _REFUSED = frozenset({401, 403, 429})  # in no time: under overload they would hide how long answers take
 
 
@@ -83,6 +85,8 @@ class Metrics:
     def _add_requests(self) -> None:
         counter = partial(Counter, registry=self._registry)
         self._requests = counter("manifold_requests_total", "Requests, by route and status code.", ("route", "code"))
+        for route, code in product(_ASKED, _FAILURES):
+            self._requests.labels(route, code)  # there from the start, so that the first failure is seen to be one
         self._request_duration = Histogram(
             "manifold_request_duration_seconds",
             "Time from a request's arrival to its answer's first byte, by route. "
@@ -96,11 +100,14 @@ class Metrics:
             "Requests without an answer: no permit was free (full), draining, or the deadline passed (deadline).",
             ("reason",),
         )
+        for reason in ("full", "draining", "deadline"):
+            self._rejected.labels(reason)
         self._predictions = counter(
             "manifold_predictions_total",
             "Answers of task versions, by why they were asked and whether they succeeded.",
             ("task", "version", "arm", "outcome"),
         )
+        self._told: set[tuple[str, int, str]] = set()  # task, version and arm that have series
         self._disagreements = counter(
             "manifold_arm_disagreement_total",
             "Texts on which the champion and a version beside it gave different answers.",
@@ -143,6 +150,9 @@ class Metrics:
         self._rejected.labels(reason).inc()
 
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
+        if (task, version, arm) not in self._told:
+            self._told.add((task, version, arm))
+            self._predictions.labels(task, str(version), arm, "failure")
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
 
     def unwatched(self, requests: int) -> None:
@@ -279,6 +289,7 @@ class Metrics:
     def forget(self, task: str, version: int) -> None:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""
         labels = {"task": task, "version": str(version)}
+        self._told = {told for told in self._told if told[:2] != (task, version)}
         self._predictions.remove_by_labels(labels)
         self._device_time.remove_by_labels(labels)
         self.no_scores(task, version)

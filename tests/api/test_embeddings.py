@@ -55,6 +55,13 @@ def test_the_openai_client_raises_its_own_errors(openai_client: openai.OpenAI, r
         openai_client.embeddings.create(model="tiny", input="one")
 
 
+def test_vectors_are_counted_as_answers_of_their_version(client: TestClient) -> None:
+    assert client.post("/v1/embeddings", json={"model": "tiny", "input": ["one", "two"]}).status_code == 200
+    counted = client.get("/metrics").text
+    labels = 'arm="champion",outcome="success",task="embedding",version="1"'
+    assert f"manifold_predictions_total{{{labels}}} 2.0" in counted
+
+
 def test_base64_holds_little_endian_float32(client: TestClient) -> None:
     body = {"model": "tiny", "input": "one", "encoding_format": "base64"}
     answer = client.post("/v1/embeddings", json=body).json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import socket
 import threading
@@ -22,6 +23,7 @@ from app.config import Settings, load_settings
 from app.errors import DeadlineError, EngineError, MalformedError
 from app.main import create_app
 from app.service.runtime import Runtime
+from app.telemetry.logs import ACCESS
 from tests.fake_rollout import FakeRollout
 from tests.fakes import FakeEngine, make_runtime
 from tests.serving import until, wait_for
@@ -180,6 +182,22 @@ def test_the_queued_work_of_a_client_that_left_is_dropped(url: str, engine: Fake
         wait_for(lambda: engine.futures)
     wait_for(lambda: engine.futures[0].cancelled())
     wait_for(lambda: runtime.admission.in_flight == 0)
+
+
+def test_a_client_that_left_is_counted_and_logged(
+    url: str, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a hung device would be in no figure: those who ask it give up first."""
+    caplog.set_level(logging.INFO, ACCESS)
+    engine.holds = True
+    with _posted(url, json.dumps(BODY).encode()):
+        wait_for(lambda: engine.futures)
+    wait_for(lambda: [record for record in caplog.records if record.name == ACCESS])
+    (record,) = [record for record in caplog.records if record.name == ACCESS]
+    assert record.__dict__["fields"]["status"] == 499
+    counted = httpx2.get(f"{url}/metrics").text
+    assert 'manifold_requests_total{code="499",route="/v1/predict"} 1.0' in counted
+    assert 'manifold_request_duration_seconds_count{route="/v1/predict"} 1.0' in counted
 
 
 @pytest.mark.anyio

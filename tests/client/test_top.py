@@ -354,6 +354,37 @@ def test_a_small_one_shows_what_fits(width: int, height: int) -> None:
     assert ("device" in "".join(line for line in lines if line.startswith("task "))) is (width >= 80)
 
 
+def test_a_narrow_one_folds_what_somebody_may_look_for() -> None:
+    text = "\n".join(shown(60, 40, 1))
+    assert all(word in text for word in ("heads 1 ms", "turned away", "cached", "memory"))
+
+
+def test_what_answers_in_the_place_of_a_version_that_cannot_be_loaded_is_shown(
+    metrics: Metrics, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The index wants tone@4, and tone@3 goes on answering."""
+    metrics.predicted("tone", 3, "champion", "success", 5)
+    before = scraped(metrics)
+    metrics.predicted("tone", 3, "champion", "success", 5)
+    metrics.unserved({"tone": 1})
+    lines = once(server(metrics, metrics=[(200, before), (200, scraped(metrics))]), capsys)
+    assert "1 live versions are not served here: manifold index says which" in lines
+    assert float(cells(lines, "champion until now")[3]) > 0
+
+
+def test_the_stage_to_look_at_is_never_the_queue() -> None:
+    counted = Metrics()
+    before = scraped(counted)
+    for stage, duration_s in (("tokenize", 0.001), ("queue", 0.5), ("forward", 0.02)):
+        counted.staged(stage, duration_s)
+    scrapes = (Scrape(at_s, read_exposition(text.decode())) for at_s, text in ((1.0, before), (3.0, scraped(counted))))
+    frame = Frame("http://127.0.0.1:8080", 1700000000.0, INFO, [], Between(*scrapes), [])
+    console = Console(width=120, force_terminal=True)
+    with console.capture() as captured:
+        console.print(view(frame, "answers", ConsoleDimensions(120, 24)))
+    assert "\x1b[1mforward 20 ms" in captured.get() and "\x1b[1mqueue" not in captured.get()
+
+
 def test_trouble_stands_first_and_says_how_old_the_rest_is() -> None:
     lines = shown(160, 24, 1, trouble="nothing answers at http://127.0.0.1:8080")
     assert lines[0].startswith("nothing answers at http://127.0.0.1:8080; all below is of 2023-11-14 22:13:20Z")

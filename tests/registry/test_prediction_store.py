@@ -380,6 +380,40 @@ def test_a_search_that_would_take_too_long_says_where_to_go_on(
         found = hourly.find("r-1", until_s=found.stopped_s)
 
 
+def test_a_search_that_was_given_up_among_files_of_one_moment_comes_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path / "log"), tmp_path / "home", "jsonl")
+    for hour in range(4):
+        for server in ("a", "b", "c"):
+            name = PartName(NOON_S + 3600 * hour, NOON_S + 3600 * (hour + 1) - 5, server, f"{hour:08x}", "jsonl")
+            (store.folder / str(name)).write_bytes(to_line(row(hour)))
+    monkeypatch.setattr(prediction_store, "_SEARCH_S", -1.0)  # each file takes too long
+    stops, found = list[float](), store.find("r-0")
+    while found.stopped_s is not None and not found.rows:
+        stops.append(found.stopped_s)
+        found = store.find("r-0", until_s=found.stopped_s)
+    assert found.rows and stops == sorted(set(stops), reverse=True)
+
+
+def test_a_part_that_is_uploaded_while_it_is_looked_for_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store("memory://uploaded-meanwhile", tmp_path / "home", "jsonl")
+    writer = writer_of(store)
+    writer.append(to_line(row(1)))
+    writer.end()
+    here: Callable[[], Any] = store._here
+
+    def late() -> Any:
+        monkeypatch.setattr(store, "_here", here)
+        store.tidy()
+        return here()
+
+    monkeypatch.setattr(store, "_here", late)
+    assert len(store.find("r-1").rows) == 1
+
+
 def test_a_part_that_is_finished_while_it_is_looked_for_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

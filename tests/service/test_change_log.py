@@ -120,6 +120,12 @@ def test_many_changes_at_once_are_bounded(caplog: pytest.LogCaptureFixture) -> N
     assert lines[-1].endswith("generation 5000")
 
 
+def test_a_restore_leaves_generations_out_in_which_nothing_was_changed(caplog: pytest.LogCaptureFixture) -> None:
+    log = Log([entry(1, 1), entry(2, 501, "restore", task=None, after={"tasks": {}})])
+    log.tell(1, 501)
+    assert len(caplog.messages) == 1 and "restore" in caplog.messages[0]
+
+
 def test_a_line_stays_one_line_of_some_length(caplog: pytest.LogCaptureFixture) -> None:
     tasks = {f"task-{number}": {"champion": 1} for number in range(1_000)}
     log = Log([entry(1, 1), entry(2, 2, "release", task=None, after={"tasks": tasks}, reason="a\nb\x1b" + "c" * 900)])

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from app.domain import Snapshot, Task, TaskOutput, TaskVersion, TextInput
+from app.service import drift
 from app.service.dispatch import Reading
 from app.service.drift import MOST_LABELS, DriftWatcher
 from app.service.usage import Timings, Usage
@@ -186,6 +187,15 @@ def test_with_many_tasks_everything_is_counted_in_the_end() -> None:
         server.watcher.take_in([])
     counts = {value for name, value in samples(server.metrics).items() if name.startswith("manifold_score_count")}
     assert counts == {130} and len(names(server, "manifold_score_count")) == 80
+
+
+def test_of_very_many_none_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "_MOST_WAITING", 100)
+    versions = [replace(WATCHED, task=f"t{i}", digest=f"sha256:{i}") for i in range(40)]
+    server = Server(*(make_task(version) for version in versions))
+    server.watcher.take_in([served(version, said(3)) for version in versions])
+    counts = {value for name, value in samples(server.metrics).items() if name.startswith("manifold_score_count")}
+    assert counts == {3} and len(names(server, "manifold_score_count")) == 80
 
 
 def test_answers_are_counted_together_and_the_last_at_the_end() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from app.domain import ProblemType, Snapshot, TaskVersion
 from app.errors import MalformedError, NotFoundError, OverloadedError, UnavailableError
 from app.registry.index import Index
-from app.registry.prediction_lines import to_line
+from app.registry.prediction_lines import to_line, to_time
 from app.registry.prediction_parts import PartWriter
 from app.registry.prediction_store import Found, PredictionStore
 from app.rollout import AuditEntry, Challenger, NewVersion, State, TrafficWish
@@ -36,7 +37,7 @@ def store(tmp_path: Path) -> PredictionStore:
 def write(store: PredictionStore, request_id: str, version: TaskVersion, generation: int, **more: Any) -> None:
     writer = PartWriter(store.folder, store.server, 10**9, 3600.0)
     row = {
-        "time": "2026-01-09T12:00:00.000000Z",
+        "time": to_time(datetime.now(UTC)),
         "request_id": request_id,
         "input": 0,
         "generation": generation,
@@ -115,7 +116,7 @@ def test_the_traffic_is_that_of_the_answers_generation(
 
 def test_a_retry_under_another_generation_is_told_beside_it(past: Index, store: PredictionStore) -> None:
     write(store, "r-1", emotion(1), 3)
-    write(store, "r-1", emotion(2), 5, time="2026-01-09T12:00:01.000000Z")
+    write(store, "r-1", emotion(2), 5, time=to_time(datetime.now(UTC)))
     told = explain(past, store)
     assert [row["version"] for row in told.rows] == [version.version for version in told.versions] == [1, 2]
     assert [then.generation for then in told.traffic] == [3, 5]
@@ -135,7 +136,17 @@ def test_a_version_that_the_index_lacks_is_a_gap(past: Index, store: PredictionS
 def test_a_digest_that_is_not_the_versions_own_is_a_gap(past: Index, store: PredictionStore) -> None:
     write(store, "r-1", emotion(2), 5, digest="sha256:other")
     told = explain(past, store)
-    assert told.versions[0].state is None and "another content than emotion@2 (sha256:other)" in told.gaps[0]
+    (answering,) = told.versions
+    assert answering.state is None and "another content than emotion@2 (sha256:other)" in told.gaps[0]
+    assert answering.published is None and answering.decisions == (), "those were of the other content"
+
+
+def test_what_was_put_after_the_answer_is_not_what_it_met(past: Index, store: PredictionStore) -> None:
+    """The index took the place of another one, whose generations went further."""
+    write(store, "r-1", emotion(2), 40, time="2026-01-09T12:00:00.000000Z")
+    told = explain(past, store)
+    assert told.traffic[0].traffic is None and told.traffic[0].put is None
+    assert "the index is younger than the answer" in told.gaps[0]
 
 
 def test_without_the_index_the_rows_are_told_all_the_same(past: Index, store: PredictionStore) -> None:
