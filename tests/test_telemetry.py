@@ -145,15 +145,31 @@ def test_a_line_is_made_on_the_thread_that_writes_it_in_its_turn() -> None:
     aside = logs._Aside(logging.Formatter("%(message)s"), stream)
     logging.root.handlers[:] = [aside]
 
-    def make() -> logging.LogRecord:
+    def make() -> logs.Line:
         makers.append(threading.current_thread().name)
-        return line("made")
+        return logs.Line("access", 0.0, "made of 100%d", {}, {})
 
     aside.handle(line("before"))
     logs.log_made(logging.getLogger("access"), make)
     aside.handle(line("behind"))
     aside.close()
-    assert stream.written == ["before", "made", "behind"] and makers == ["log"]
+    assert stream.written == ["before", "made of 100%d", "behind"] and makers == ["log"]
+
+
+def test_a_line_says_the_same_as_the_record_of_it() -> None:
+    said = logs.Line("access", 1_700_000_000.5, "made", {"request_id": "r-1"}, {"status": 200, "a": 'b"'}, {"status"})
+    as_json = logs.JsonFormatter()
+    assert as_json.line(said) == as_json.format(said.record())
+    assert json.loads(as_json.line(said)) == {
+        "time": "2023-11-14T22:13:20.500Z",
+        "level": "info",
+        "logger": "access",
+        "message": "made",
+        "request_id": "r-1",
+        "status": 200,
+        "a": 'b"',
+    }
+    assert logs.TextFormatter().format(said.record()).endswith(r'INFO access: made request_id=r-1 a="b\""')
 
 
 def test_a_line_that_cannot_be_made_takes_no_other_with_it() -> None:
@@ -161,7 +177,7 @@ def test_a_line_that_cannot_be_made_takes_no_other_with_it() -> None:
     stream.opens.set()
     aside = logs._Aside(logging.Formatter("%(message)s"), stream)
     aside.handle(line("before"))
-    aside.take(lambda: line(1 // 0))  # type: ignore[arg-type]
+    aside.take(lambda: logs.Line("access", 1 // 0, "", {}, {}))
     aside.handle(logging.makeLogRecord({"msg": "no text for %d", "args": ("x",)}))
     aside.handle(line("behind"))
     aside.flush()
@@ -173,8 +189,7 @@ def test_a_line_that_cannot_be_made_takes_no_other_with_it() -> None:
 
 
 def test_where_nothing_writes_aside_a_line_is_made_at_once(caplog: pytest.LogCaptureFixture) -> None:
-    made = logging.makeLogRecord({"levelno": logging.INFO, "msg": "made"})
-    logs.log_made(logging.getLogger("access"), lambda: made)
+    logs.log_made(logging.getLogger("access"), lambda: logs.Line("access", 0.0, "made", {}, {}))
     assert [record.getMessage() for record in caplog.records] == ["made"]
 
 

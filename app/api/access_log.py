@@ -12,7 +12,7 @@ from app.api.routes import route_of
 from app.domain import Arm
 from app.service.inference import Prediction
 from app.service.usage import Timings, Usage
-from app.telemetry.logs import ACCESS, log_made
+from app.telemetry.logs import ACCESS, Line, log_made
 
 logger = logging.getLogger(ACCESS)
 _TOLD = frozenset({"method", "route", "status", "duration_ms"})  # by the sentence; the route by the path
@@ -40,7 +40,7 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
     cost = None if said is None else (said.generation, said.usage, said.timings)
     answered = _answered(said) if isinstance(said, Prediction) else None
 
-    def make() -> logging.LogRecord:
+    def make() -> Line:
         duration_ms = 1000 * duration_s
         fields: dict[str, object] = {
             "method": method,
@@ -54,13 +54,8 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
             fields |= _cost(*cost)
         if answered is not None:
             fields["versions"] = _named(answered)
-        # What `logger.info` would make, without a walk through the stack to find who calls.
-        arguments = (method, path, status, duration_ms)
-        record = logging.LogRecord(ACCESS, logging.INFO, __file__, 0, "%s %s %d in %.1f ms", arguments, None)
-        record.__dict__.update(
-            created=at_s, msecs=1000 * (at_s % 1), request_id=request_id, fields=fields, told=_TOLD, **ids
-        )
-        return record
+        message = f"{method} {path} {status} in {duration_ms:.1f} ms"
+        return Line(ACCESS, at_s, message, {"request_id": request_id, **ids}, fields, _TOLD)
 
     log_made(logger, make)
 

@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import orjson
 
@@ -24,26 +24,48 @@ _GATHER_S = 0.1
 _LINES_TOGETHER = 100
 _MOST_WAIT_S = 2.0  # for a slow reader at the end
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_Line = logging.LogRecord | Callable[[], logging.LogRecord]  # the latter makes one
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # a line, or a terminal
 _BARE = re.compile(r"[^\s\"'=\\]+")  # a value that needs no quotes
+
+
+class Line(NamedTuple):
+    """What is said at level info, without the machinery of a record, which takes longer than all the rest."""
+
+    logger: str
+    at_s: float  # seconds since the epoch
+    message: str
+    ids: Mapping[str, str]
+    fields: Mapping[str, object]
+    told: Collection[str] = ()  # fields that the message says already
+
+    def record(self) -> logging.LogRecord:
+        """What `logger.info` would make, without a walk through the stack to find who calls."""
+        record = logging.LogRecord(self.logger, logging.INFO, __file__, 0, self.message, (), None)
+        record.__dict__.update(
+            created=self.at_s, msecs=1000 * (self.at_s % 1), fields=self.fields, told=self.told, **self.ids
+        )
+        return record
 
 
 class JsonFormatter(logging.Formatter):
     """A JSON object a line: time (UTC), level, logger, message; where there are: ids, fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": f"{_second(int(record.created))}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        line = _head(record.created, record.levelname.lower(), record.name, record.getMessage())
         line |= {name: getattr(record, name) for name in _OF_REQUEST if hasattr(record, name)}
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return _to_json(line)
+
+    def line(self, said: Line) -> str:
+        """The same of what is no record yet."""
+        return _to_json({**_head(said.at_s, "info", said.logger, said.message), **said.ids, **said.fields})
+
+
+def _head(at_s: float, level: str, logger: str, message: str) -> dict[str, object]:
+    time_told = f"{_second(int(at_s))}.{int(1000 * (at_s % 1)):03d}Z"
+    return {"time": time_told, "level": level, "logger": logger, "message": message}
 
 
 @lru_cache(maxsize=4)
@@ -97,23 +119,26 @@ def configure_logging(log_format: Literal["text", "json"]) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # what it says at start and stop, we say ourselves
 
 
-def log_made(logger: logging.Logger, make: Callable[[], logging.LogRecord]) -> None:
+def log_made(logger: logging.Logger, make: Callable[[], Line]) -> None:
     """Log what `make` makes, once. Where lines are written aside it is made there, behind others of its kind.
 
-    Between two batches whatever runs is cold in the processor's caches, so that a record takes five times as long to
+    Between two batches whatever runs is cold in the processor's caches, so that a line takes five times as long to
     make as many in a row.
     """
     handlers = logging.root.handlers
     if len(handlers) == 1 and isinstance(handlers[0], _Aside):
         handlers[0].take(make)
     else:
-        logger.handle(make())
+        logger.handle(make().record())
 
 
 def flush_logging() -> None:
     """Until all that was said is written, or for as long as a slow reader may make anybody wait."""
     for handler in logging.getLogger().handlers:
         handler.flush()
+
+
+_Said = logging.LogRecord | Callable[[], Line]  # the latter makes one
 
 
 class _Stream:
@@ -142,7 +167,7 @@ class _Aside(logging.Handler):
         self.setFormatter(formatter)
         self._stream = stream
         self._num_dropped = 0
-        self._waiting: deque[_Line | threading.Event] = deque()  # an event: all before it is written
+        self._waiting: deque[_Said | threading.Event] = deque()  # an event: all before it is written
         self._has_work, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -154,7 +179,7 @@ class _Aside(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.take(record)
 
-    def take(self, line: _Line) -> None:
+    def take(self, line: _Said) -> None:
         if len(self._waiting) >= _MOST_LINES:
             self._num_dropped += 1
             return
@@ -193,7 +218,7 @@ class _Aside(logging.Handler):
         while self._waiting:
             self._write([self._waiting.popleft() for _ in range(min(len(self._waiting), _LINES_TOGETHER))])
 
-    def _write(self, taken: Sequence[_Line | threading.Event]) -> None:
+    def _write(self, taken: Sequence[_Said | threading.Event]) -> None:
         lines = [one for one in taken if not isinstance(one, threading.Event)]
         try:
             self._stream.write("".join(map(self._text, lines)))
@@ -203,11 +228,17 @@ class _Aside(logging.Handler):
             if isinstance(one, threading.Event):
                 one.set()
 
-    def _text(self, line: _Line) -> str:
-        """Of a record that cannot be made or has no text, what went wrong: the thread and other lines outlive it."""
+    def _text(self, said: _Said) -> str:
+        """Of a line that cannot be made or has no text, what went wrong: the thread and other lines outlive it."""
         try:
-            return f"{self.format(line if isinstance(line, logging.LogRecord) else line())}\n"
+            return f"{self._formatted(said)}\n"
         except Exception as error:
             told = {"name": "manifold", "levelno": logging.ERROR, "levelname": "ERROR"}
             told["msg"] = f"a line could not be made: {type(error).__name__}"
             return f"{self.format(logging.makeLogRecord(told))}\n"
+
+    def _formatted(self, said: _Said) -> str:
+        if isinstance(said, logging.LogRecord):
+            return self.format(said)
+        line = said()
+        return self.formatter.line(line) if isinstance(self.formatter, JsonFormatter) else self.format(line.record())
