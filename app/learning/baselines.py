@@ -47,14 +47,17 @@ class Baseline:
 
 
 def text_baselines(
-    train: Table, dev: Table, test: Table | None, labels: tuple[str, ...]
+    train: Table, dev: Table, test: Table | None, labels: tuple[str, ...], measure: str = ""
 ) -> dict[str, Callable[[], Baseline]]:
-    """How each is measured: MAJORITY, and TFIDF where texts have answers of their own, as tagged tokens have not."""
+    """How each is measured: MAJORITY, and TFIDF where texts have answers of their own, as tagged tokens have not.
+
+    `measure`: of dev, by which TFIDF's strength is chosen; "": the problem's usual one.
+    """
     splits = {"dev": dev} | ({} if test is None else {"test": test})
     works = {MAJORITY: partial(_timed, _majority, train, splits, labels)}
     is_told = train.problem_type is ProblemType.REGRESSION or len({e.labels for e in train.examples}) > 1
     if train.problem_type is not ProblemType.TOKEN and is_told:
-        works[TFIDF] = partial(_timed, _tfidf, train, splits, labels)
+        works[TFIDF] = partial(_timed, partial(_tfidf, measure=measure), train, splits, labels)
     return dict(works)
 
 
@@ -94,7 +97,7 @@ def _mean_answer(train: Table, labels: tuple[str, ...]) -> Floats:
 # -- TF-IDF ------------------------------------------------------------------------------------------------------------
 
 
-def _tfidf(train: Table, splits: Mapping[str, Table], labels: tuple[str, ...]) -> _Figures:
+def _tfidf(train: Table, splits: Mapping[str, Table], labels: tuple[str, ...], measure: str) -> _Figures:
     """Words and pairs of words, with logistic regression (ridge for a regression); its strength chosen on dev."""
     train = replace(train, examples=train.examples[:: -(-len(train.examples) // _MAX_ROWS)])
     vectorizer = TfidfVectorizer(
@@ -108,7 +111,7 @@ def _tfidf(train: Table, splits: Mapping[str, Table], labels: tuple[str, ...]) -
     for strength in _STRENGTHS if is_small else (_USUAL_STRENGTH,):
         predict = _fit(features, gold, train.problem_type, num_outputs(train.problem_type, labels), strength)
         tried.append(_measured(splits, {name: predict(matrix) for name, matrix in seen.items()}, labels))
-    return max(tried, key=lambda figures: figures["dev"][MEASURES[train.problem_type]])
+    return max(tried, key=lambda figures: figures["dev"].get(measure or MEASURES[train.problem_type], 0.0))
 
 
 def _features(vectorizer: TfidfVectorizer, table: Table) -> Any:

@@ -293,7 +293,7 @@ def _refit(
     if manifest["training"]["interrupted"]:
         raise KeyboardInterrupt
     after = manifest["evaluation"]
-    return {"measure": MEASURES[kind]} | {
+    return {"measure": measure_of(head.artifact.manifest)} | {
         name: {"before": found, "after": after[name]} for name, found in before.items()
     }
 
@@ -318,6 +318,12 @@ def recipe_of(artifact: Artifact, prefixes: tuple[Path, ...]) -> Recipe:
     training = (manifest.get("training") or {}) | stated
     changes = {"first_layer": 0, "num_virtual_tokens": 0, "prefixes": prefixes}
     return Recipe.from_manifest(dict(manifest) | {"training": training}, **changes)
+
+
+def measure_of(manifest: Mapping[str, Any]) -> str:
+    """What the task is judged by."""
+    stated: str = (manifest.get("training") or {}).get("measure", "")
+    return stated or MEASURES[ProblemType(manifest["problem_type"])]
 
 
 def check_answers(artifact: Artifact, tables: Tables) -> None:

@@ -18,6 +18,7 @@ from app.learning import jobs, writer
 from app.learning.compose import usable
 from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
+from app.learning.problems import CHOICES
 from app.learning.recipe import Recipe
 from app.learning.reporting import REPORT
 from app.learning.search import Arrangement
@@ -100,6 +101,11 @@ def _add_training_arguments(parser: argparse.ArgumentParser, default: Recipe) ->
     group = parser.add_argument_group("how it is trained")
     told = f"default {default.epochs}, more where rows are few"
     group.add_argument("--epochs", type=int, metavar="N", help=told)
+    names = sorted({name for names in CHOICES.values() for name in names})
+    told = (
+        "what of dev chooses epochs, settings and arrangements; default accuracy, macro_f1, pearson or f1, by problem"
+    )
+    group.add_argument("--measure", choices=names, help=told)
     for name in ("patience", "batch_size", "seed"):
         group.add_argument(_flag(name), type=int, default=getattr(default, name), metavar="N", help=_DEFAULT)
     for name in _RATES:  # None: a search may choose; a given one, also the default's own number, stays
@@ -235,6 +241,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         patience=args.patience,
         batch_size=args.batch_size,
         seed=args.seed,
+        measure=args.measure or "",
         **given,
     )
 

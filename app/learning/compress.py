@@ -29,12 +29,11 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
 from app.learning import evaluation, reporting, writer
 from app.learning.cache import CachePlan, build_cache
-from app.learning.combine import check_answers, figures, recipe_of, scores, stored_prefixes
+from app.learning.combine import check_answers, figures, measure_of, recipe_of, scores, stored_prefixes
 from app.learning.learn import Files, Options, learn
 from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
 from app.learning.prepare import Frozen, described, encode, limit_tokens
-from app.learning.problems import MEASURES
 from app.learning.rows import LayerPrefix
 from app.learning.study import Tables, Watcher
 
@@ -158,7 +157,7 @@ class _Work:
 
     @property
     def measure(self) -> str:
-        return MEASURES[self.tables.problem_type]
+        return measure_of(self.artifact.manifest)
 
     @property
     def num_virtual_tokens(self) -> int:

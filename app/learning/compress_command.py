@@ -14,7 +14,6 @@ from rich.table import Table as Grid
 from app.engine.artifact import TENSORS
 from app.learning.compress import Step, compress
 from app.learning.learn import Files
-from app.learning.problems import MEASURES
 from app.learning.reporting import REPORT
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
 
@@ -78,7 +77,7 @@ def _curve(steps: list[Step]) -> Grid:
 
 
 def _show(manifest: dict[str, Any], out: Path, console: Console) -> None:
-    measure, story = MEASURES[manifest["problem_type"]], manifest["compressed"]
+    measure, story = manifest["evaluation"]["measure"], manifest["compressed"]
     found = ", ".join(
         f"{name} {before.get(measure, 0):.4f} → {manifest['evaluation'][name].get(measure, 0):.4f}"
         for name, before in story["before"].items()

@@ -159,9 +159,9 @@ class Experiment:
         folder = self._folder(alone(source), seed)
         study = self._study(self.sets.source(source, seed))
         missing = self._missing(bare)
-        study.prepare((self._head(study, cell.readout, (), seed) for cell in missing), ("train", "dev", "test"))
+        study.prepare((self._head(study, cell.readout, (), seed, source) for cell in missing), ("train", "dev", "test"))
         for cell in missing:
-            self._add(cell, self._fitted(study, self._head(study, cell.readout, (), seed), source)[0])
+            self._add(cell, self._fitted(study, self._head(study, cell.readout, (), seed, source), source)[0])
         if self._missing([own[LINEAR]]) or not folder.is_dir():
             recipe = self.prefix_recipe(source, seed)
             outcome, fitted = self._fitted(study, recipe, source)
@@ -170,7 +170,9 @@ class Experiment:
             self._add(own[LINEAR], outcome)
         study = self._study(study.tables)  # without the states of the bare trunk: they are not needed any more
         if self._missing([own[ATTENTION]]):
-            self._add(own[ATTENTION], self._fitted(study, self._head(study, ATTENTION, (folder,), seed), source)[0])
+            self._add(
+                own[ATTENTION], self._fitted(study, self._head(study, ATTENTION, (folder,), seed, source), source)[0]
+            )
         if self._missing([ceiling]):
             self._add(ceiling, self._full(study, source, seed))
 
@@ -188,9 +190,13 @@ class Experiment:
             learning_rate=settings.head_learning_rate,
             prefix_learning_rate=settings.learning_rate,
             seed=seed,
+            measure=self._measure(source),
         )
         tables = self.sets.whole[source]
         return recipe.completed(tables.problem_type, tables.num_outputs, self.backbone.spec)
+
+    def _measure(self, task: str) -> str:
+        return measure_of(task, self.sets.whole[task].problem_type)
 
     def _fitted(self, study: Study, recipe: Recipe, task: str) -> tuple[Outcome, Fitted]:
         fitted = study.fit(recipe, lambda *_: None)
@@ -213,7 +219,14 @@ class Experiment:
         settings = replace(self.plan.finetuning, seed=seed)
         both = texts["train"], texts["dev"]
         tuned = finetune(
-            self.backbone.path, both, tables.problem_type, tables.labels, settings, device, dtype=self.backbone.dtype
+            self.backbone.path,
+            both,
+            tables.problem_type,
+            tables.labels,
+            settings,
+            device,
+            dtype=self.backbone.dtype,
+            measure=self._measure(task),
         )
         logits = {name: whole_logits(tuned.model, texts[name], device)[0] for name in ("dev", "test")}
         num_parameters = sum(w.numel() for name, w in tuned.model.named_parameters() if name.startswith("network."))
@@ -293,11 +306,13 @@ class Experiment:
         """The largest size first, with the time for the states in it."""
         began = time.perf_counter()
         seed = missing[0].seed
-        study.prepare((self._head(study, readout, prefixes, seed) for readout in READOUTS), ("train", "dev", "test"))
+        study.prepare(
+            (self._head(study, readout, prefixes, seed, target) for readout in READOUTS), ("train", "dev", "test")
+        )
         waited = time.perf_counter() - began
         for cell in sorted(missing, key=lambda cell: cell.examples or math.inf, reverse=True):
             part = study.part(self._rows(study.tables, cell))
-            outcome, _ = self._fitted(part, self._head(part, cell.readout, prefixes, seed), target)
+            outcome, _ = self._fitted(part, self._head(part, cell.readout, prefixes, seed, target), target)
             self._add(cell, replace(outcome, seconds=round(outcome.seconds + waited, 2)))
             waited = 0.0
 
@@ -308,10 +323,10 @@ class Experiment:
         sizes = {"train": cell.examples, "dev": self.plan.few_dev_rows}
         return {name: sampled_rows(tables.named[name], count, cell.seed) for name, count in sizes.items()}
 
-    def _head(self, study: Study, readout: str, prefixes: tuple[Path, ...], seed: int) -> Recipe:
+    def _head(self, study: Study, readout: str, prefixes: tuple[Path, ...], seed: int, task: str) -> Recipe:
         """A light head; few rows are gone through more often."""
         rows = len(study.tables.train.examples)
-        base = Recipe(task="head", prefixes=prefixes, seed=seed)
+        base = Recipe(task="head", prefixes=prefixes, seed=seed, measure=self._measure(task))
         epochs = max(self.plan.head_epochs, -(-self.plan.least_steps // -(-rows // base.batch_size)))
         patience = -(-base.patience * epochs // self.plan.head_epochs)
         base = replace(base, epochs=epochs, patience=patience)

@@ -96,10 +96,11 @@ def finetune(
     device: torch.device,
     report: Callable[[int, float], None] = lambda *_: None,
     dtype: torch.dtype = torch.float32,
+    measure: str = "",
 ) -> Finetuned:
     """Train all weights; the epoch best on dev is kept. `report` is told of (epoch, dev measure).
 
-    `dtype`: of the layers' products, as `WholeModel` takes it.
+    `dtype`: of the layers' products, as `WholeModel` takes it. `measure`: of dev, as `dev_figure` takes it.
     """
     began = time.perf_counter()
     train, dev = texts
@@ -135,7 +136,7 @@ def finetune(
             schedule.step()
             tokens += sum(len(train.encodings[row]) for row in rows)
         logits, gold, counts = whole_logits(model, dev, device)
-        figure = dev_figure(problem_type, logits, gold, labels, counts, transitions)
+        figure = dev_figure(problem_type, logits, gold, labels, counts, transitions, measure)
         report(epoch, figure)
         if figure > best:
             best, kept = figure, {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -32,7 +32,7 @@ from app.learning.evaluation import Scored
 from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
 from app.learning.prepare import cache_plan, described, limit_tokens, read_frozen, told_of_truncated
-from app.learning.problems import MEASURES, Scaling
+from app.learning.problems import Scaling
 from app.learning.recipe import Recipe
 from app.learning.search import Arrangement, Candidate, Found, Point, candidates, passes_of, refinements, search
 from app.learning.splits import findings, subsample
@@ -334,7 +334,7 @@ def _write(
         return {
             "thresholds": thresholds,
             "evaluation": {n: evaluation.figures(s, tables.labels, thresholds) for n, s in scored.items()}
-            | {"measure": MEASURES[tables.problem_type]},
+            | {"measure": learned.recipe.measure},
             "details": {n: evaluation.details(s, tables.labels, thresholds) for n, s in scored.items()},
             "baselines": {name: baseline.figures for name, baseline in baselines.items()},
             "score_baseline": evaluation.score_baseline(

@@ -120,7 +120,7 @@ class Task:
 
     @property
     def measure(self) -> str:
-        return MEASURES[self.tables.problem_type]
+        return self.bare.measure or MEASURES[self.tables.problem_type]
 
     @property
     def live_is_ahead(self) -> bool:

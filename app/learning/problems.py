@@ -16,17 +16,25 @@ from app.domain import Encoding, ProblemType
 from app.learning.alignment import token_tags, word_starts
 from app.learning.chain import decode_tags, span_f1
 from app.learning.data import Example, Table
-from app.learning.figures import f1_by_threshold, macro_f1, pearson
+from app.learning.figures import (
+    f1_by_threshold,
+    figures_of_classes,
+    figures_of_sets,
+    figures_of_values,
+    macro_f1,
+    pearson,
+)
 
 IGNORED = -100  # torch's own index for tokens without a tag
 _MAX_WEIGHT = 20.0  # of a label in a multi-label loss
-# what the dev score of an epoch is, and what figures are called after
-MEASURES = {
-    ProblemType.SINGLE_LABEL: "accuracy",
-    ProblemType.MULTI_LABEL: "macro_f1",
-    ProblemType.REGRESSION: "pearson",
-    ProblemType.TOKEN: "f1",
+# what the dev score of an epoch may be, the usual one first
+CHOICES = {
+    ProblemType.SINGLE_LABEL: ("accuracy", "macro_f1", "mcc"),
+    ProblemType.MULTI_LABEL: ("macro_f1", "micro_f1"),
+    ProblemType.REGRESSION: ("pearson", "spearman"),
+    ProblemType.TOKEN: ("f1",),
 }
+MEASURES = {problem_type: names[0] for problem_type, names in CHOICES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +129,27 @@ def dev_figure(
     labels: Sequence[str],
     lengths: Sequence[int],
     transitions: Tensor | None = None,
+    measure: str = "",
 ) -> float:
-    """The measure of MEASURES. For tokens `logits` and `targets` hold tagged tokens alone, `lengths` a text each, and
-    `transitions` [labels + 1, labels] score how tags follow one another."""
+    """`measure`: of CHOICES; "": of MEASURES. Where it is undefined, 0.
+
+    For tokens `logits` and `targets` hold tagged tokens alone, `lengths` a text each, and `transitions`
+    [labels + 1, labels] score how tags follow one another.
+    """
+    is_usual = measure in ("", MEASURES[problem_type])
     match problem_type:
         case ProblemType.SINGLE_LABEL:
-            return float((logits.argmax(-1) == targets).double().mean())
+            found = logits.argmax(-1)
+            if is_usual:
+                return float((found == targets).double().mean())
+            return figures_of_classes(targets.tolist(), found.tolist(), len(labels)).get(measure, 0.0)
         case ProblemType.MULTI_LABEL:
             probabilities, given = torch.sigmoid(logits).numpy(), targets.numpy() > 0.5
-            _, chosen = f1_by_threshold(probabilities, given)
-            return macro_f1(probabilities >= chosen, given)
+            chosen = probabilities >= f1_by_threshold(probabilities, given)[1]
+            return macro_f1(chosen, given) if is_usual else figures_of_sets(given, chosen)[measure]
         case ProblemType.REGRESSION:
-            return pearson(logits.squeeze(-1).tolist(), targets.tolist())
+            values, gold = logits.squeeze(-1).tolist(), targets.tolist()
+            return pearson(values, gold) if is_usual else figures_of_values(gold, values)[measure]
         case _:
             found = logits.argmax(-1) if transitions is None else decode_tags(logits, lengths, transitions)
             return span_f1(found, targets, lengths, labels)

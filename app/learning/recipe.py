@@ -10,6 +10,7 @@ from typing import Any
 from app.domain import BackboneSpec, ProblemType, Readout, ReadoutKind
 from app.engine.artifact_checks import NAME
 from app.errors import SettingsError
+from app.learning.problems import CHOICES, MEASURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Recipe:
     warmup: float = 0.06  # share of all steps
     patience: int = 3  # epochs without a better dev score before training ends; 0: never
     class_weight_power: float = 0.0  # loss weights by label frequency to this power; 0: none
+    measure: str = ""  # of dev, by which epochs, settings and arrangements are chosen; "": the problem's usual one
     seed: int = 0
 
     @classmethod
@@ -58,7 +60,11 @@ class Recipe:
             read_layers=layers,
             num_queries=num_queries if self.num_queries is None else self.num_queries,
             hidden=(width if many else 0) if self.hidden is None else self.hidden,
+            measure=self.measure or MEASURES[problem_type],
         )
+        if recipe.measure not in CHOICES[problem_type]:
+            known = ", ".join(CHOICES[problem_type])
+            raise SettingsError(f"--measure {recipe.measure} is nothing that this problem has: give one of {known}")
         recipe._check(is_token, spec)
         return recipe
 

@@ -81,10 +81,10 @@ def _baselines(
     tables = study.tables
     works: dict[str, Callable[[], Baseline]] = {}
     if with_cheap:
-        works = text_baselines(tables.train, tables.dev, tables.test, tables.labels)
+        works = text_baselines(tables.train, tables.dev, tables.test, tables.labels, recipe.measure)
         works[LINEAR] = partial(_linear, study, recipe)
     if finetuning is not None:
-        works[CEILING] = partial(_full, study, finetuning)
+        works[CEILING] = partial(_full, study, finetuning, recipe.measure)
     return works
 
 
@@ -127,7 +127,8 @@ def linear_recipes(study: Study, recipe: Recipe) -> list[Recipe]:
     is_token = study.tables.problem_type is ProblemType.TOKEN
     kind = ReadoutKind.TOKENS if is_token else ReadoutKind.MEAN
     top = (study.backbone.spec.num_layers,)
-    base = Recipe("baseline", readout=kind, read_layers=top, hidden=0, epochs=recipe.epochs, patience=recipe.patience)
+    base = replace(Recipe("baseline", kind, top, hidden=0), epochs=recipe.epochs, patience=recipe.patience)
+    base = replace(base, measure=recipe.measure)
     return [study.completed(replace(base, learning_rate=rate)) for rate in (1e-3, 1e-2)]
 
 
@@ -141,7 +142,7 @@ def _linear(study: Study, recipe: Recipe) -> Baseline:
     return _measured(study, logits, sum(fitted.seconds for fitted in fits))
 
 
-def _full(study: Study, settings: FinetuneSettings) -> Baseline:
+def _full(study: Study, settings: FinetuneSettings, measure: str) -> Baseline:
     texts = {name: Texts(*study.texts(name)) for name in study.tables.named}
     kind, labels, device = study.tables.problem_type, study.tables.labels, study.backbone.device
     study.watcher.stage(CEILING, settings.epochs)
@@ -154,6 +155,7 @@ def _full(study: Study, settings: FinetuneSettings) -> Baseline:
         device,
         lambda *_: study.watcher.advance(1),
         study.backbone.dtype,
+        measure,
     )
     logits = {name: whole_logits(tuned.model, texts[name], device)[:2] for name in texts if name != "train"}
     return _measured(study, logits, tuned.seconds)

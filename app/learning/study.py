@@ -24,7 +24,7 @@ from app.learning.cache import CachePlan, StateCache, build_cache
 from app.learning.data import OUTSIDE, Table, check_fits, label_names, read_table
 from app.learning.model import TaskModel
 from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen, tokenized
-from app.learning.problems import IGNORED, MEASURES, Scaling, num_outputs, targets_of
+from app.learning.problems import IGNORED, Scaling, num_outputs, targets_of
 from app.learning.recipe import Recipe
 from app.learning.splits import split_off_dev
 from app.learning.trainer import Epoch, Split, predict_logits, train
@@ -156,10 +156,6 @@ class Study:
         self._whole: Study | None = None  # of which this is a part
         self._rows: Mapping[str, Sequence[int]] = {}
 
-    @property
-    def measure(self) -> str:
-        return MEASURES[self.tables.problem_type]
-
     def completed(self, recipe: Recipe) -> Recipe:
         return recipe.completed(self.tables.problem_type, self.tables.num_outputs, self.backbone.spec)
 
@@ -216,7 +212,7 @@ class Study:
         prefix = initial_prefix(recipe, self.backbone, splits[0].cache)
         model = TaskModel(recipe, self.backbone, self.tables.num_outputs, prefix).to(self.backbone.device)
         tell = self.watcher.epoch if report is None else report
-        epochs = train(model, splits, kind, labels, lambda epoch: tell(epoch, self.measure))
+        epochs = train(model, splits, kind, labels, lambda epoch: tell(epoch, recipe.measure))
         best = next(epoch for epoch in reversed(epochs) if epoch.is_best)
         seconds = time.perf_counter() - began
         return Fitted(recipe, model, frozen, plan.position_offset, tuple(epochs), best, seconds)

@@ -102,7 +102,7 @@ def train(
             loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator, weights)
             logits, targets, counts = predict_logits(model, dev_split, problem_type)
             logits = logits - shift
-            dev = dev_figure(problem_type, logits, targets, labels, counts, transitions)
+            dev = dev_figure(problem_type, logits, targets, labels, counts, transitions, recipe.measure)
             dev_loss = float(loss_of(problem_type, logits, targets))
             is_best = (dev, -dev_loss) > best and math.isfinite(dev_loss)
             epochs.append(Epoch(len(epochs) + 1, loss, dev, is_best, dev_loss))
