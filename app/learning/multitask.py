@@ -86,7 +86,7 @@ def train_shared_prefix(
     prefix = nn.Parameter(start.float().to(backbone.device))
     models = {}
     for name, study in studies.items():
-        recipe = study.completed(replace(lead, task=name, num_virtual_tokens=prefix.shape[3]))
+        recipe = study.completed(replace(lead, task=name, num_virtual_tokens=prefix.shape[3], measure=""))
         models[name] = TaskModel(recipe, backbone, study.tables.num_outputs, start).to(backbone.device)
         models[name].prefix = prefix
 

@@ -60,10 +60,10 @@ class Recipe:
             read_layers=layers,
             num_queries=num_queries if self.num_queries is None else self.num_queries,
             hidden=(width if many else 0) if self.hidden is None else self.hidden,
-            measure=self.measure or MEASURES[problem_type],
+            measure=self.measure or MEASURES.get(problem_type, ""),  # a representation is not judged
         )
-        if recipe.measure not in CHOICES[problem_type]:
-            known = ", ".join(CHOICES[problem_type])
+        if recipe.measure and recipe.measure not in (choices := CHOICES.get(problem_type, ())):
+            known = ", ".join(choices)
             raise SettingsError(f"--measure {recipe.measure} is nothing that this problem has: give one of {known}")
         recipe._check(is_token, spec)
         return recipe
