@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,31 +29,38 @@ from app.learning.study import Files, Fitted, Quiet, Study, Tables
 from tests.bench.machine import describe
 
 SETS = ("trec", "mpqa", "subj", "tweeteval_offensive", "mrpc", "rte")
-SIZES = (16, 100, 1000)
+ALL = 0
+SIZES = (16, 100, ALL)
 DEV_ROWS, TEST_ROWS = 200, 500
 REPORT = Path(__file__).with_name("FEWLABELS.md")
 PREFIXES = Path(__file__).parents[2] / "prefixes"
 
 
-def measure(backbone: Backbone, folder: Path, rows: int, seed: int, tolerance: float) -> dict[str, tuple[float, str]]:
-    """Test score and what was read, for a linear head on the bare trunk, a readout of it, and what compose chose."""
+@dataclass(frozen=True)
+class Run:
+    scores: Sequence[float]  # on test: a linear head on the bare trunk, a readout of it, what compose chose
+    read: str  # by what compose chose
+    seconds: float  # that compose took, the frozen layers' passes included
+
+
+def measure(backbone: Backbone, pool: Sequence[Path], folder: Path, rows: int, seed: int, tolerance: float) -> Run:
     whole = Tables.read(Files(*(folder / f"{name}.tsv" for name in ("train", "dev", "test"))), None)
     assert whole.test is not None
     tables = replace(
         whole,
-        train=subsample(whole.train, rows, seed),
-        dev=subsample(whole.dev, DEV_ROWS, seed),
+        train=whole.train if rows == ALL else subsample(whole.train, rows, seed),
+        dev=whole.dev if rows == ALL else subsample(whole.dev, DEV_ROWS, seed),
         test=subsample(whole.test, TEST_ROWS, 0),
     )
     study = Study(tables, backbone, TextTokenizer(backbone.path), Quiet())
-    base = with_enough_steps(Recipe("task", seed=seed), rows)
+    base = with_enough_steps(Recipe("task", seed=seed), len(tables.train.examples))
     linear = study.completed(replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=5e-3))
-    found = compose(study, base, usable(PREFIXES, backbone.spec), tolerance, lambda *_: None)
-    return {
-        "bare trunk, linear": (_test(study, study.fit(linear)), ""),
-        "bare trunk, attention": (_test(study, study.fit(study.completed(base))), ""),
-        "compose": (_test(study, found.fitted), found.candidate.name),
-    }
+    began = time.perf_counter()
+    found = compose(study, base, pool, tolerance, lambda *_: None)
+    seconds = time.perf_counter() - began
+    plain = (study.fit(recipe) for recipe in (linear, study.completed(base)))
+    scores = [_test(study, fitted) for fitted in (*plain, found.fitted)]
+    return Run(scores, found.candidate.name, seconds)
 
 
 def _test(study: Study, fitted: Fitted) -> float:
@@ -65,30 +73,36 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tolerance", type=float, default=0.5, help="points of dev score; default 0.5")
+    parser.add_argument("--pool", type=Path, default=PREFIXES, help="a folder of artifacts; default the shipped ones")
+    parser.add_argument("--out", type=Path, default=REPORT)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     keep_freed_memory()
     set_threads(args.threads)
-    backbone = Backbone.load("embedded", "cpu", "float32")
+    backbone = Backbone.load("embedded", "cpu", "auto")
+    pool = usable(args.pool, backbone.spec)
     lines = [
-        "| set | rows | bare trunk, linear | bare trunk, attention | compose | what it read |",
-        "|---|---|---|---|---|---|",
+        "| set | rows | bare trunk, linear | bare trunk, attention | compose | seconds | what it read |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in SETS:
         for rows in SIZES:
-            runs = [measure(backbone, args.data / name, rows, s, args.tolerance / 100) for s in range(args.seeds)]
-            scores = [[run[kind][0] for run in runs] for kind in runs[0]]
-            read = "; ".join(run["compose"][1] for run in runs)
-            lines.append(f"| {name} | {rows} | {' | '.join(map(_spread, scores))} | {read} |")
+            tolerance = args.tolerance / 100
+            runs = [measure(backbone, pool, args.data / name, rows, seed, tolerance) for seed in range(args.seeds)]
+            scores = " | ".join(map(_spread, zip(*(run.scores for run in runs), strict=True)))
+            took, read = statistics.mean(run.seconds for run in runs), "; ".join(run.read for run in runs)
+            lines.append(f"| {name} | {rows or 'all'} | {scores} | {took:.0f} | {read} |")
             sys.stdout.write(lines[-1] + "\n")
             sys.stdout.flush()
-    REPORT.write_text(
+    args.out.write_text(
         f"""# Few labels: heads on prefixes that other tasks trained
 
-{datetime.now(UTC):%Y-%m-%d}, {describe(args.threads)}. Written by `make bench-few-labels DATA=…`.
+{datetime.now(UTC):%Y-%m-%d}, {describe(args.threads, backbone.spec.dtype)}. Written by `make bench-few-labels DATA=…`.
 
 Accuracy on up to {TEST_ROWS} test texts, mean and standard deviation over {args.seeds} seeds, each with other rows;
-{DEV_ROWS} rows choose epoch and composition. The pool is the prefixes that ship; none was trained on these sets.
+{DEV_ROWS} rows choose epoch and composition, with all examples all rows of dev. Seconds are of compose, from
+texts to the head. The pool is {len(pool)} prefixes{" that ship" if args.pool == PREFIXES else ""}
+({", ".join(path.name for path in pool)}); none was trained on these sets.
 
 {chr(10).join(lines)}
 """
