@@ -16,6 +16,16 @@ _LABEL_OFFSET = 15.0  # from a dot to its number
 _CLUSTER = 46.0  # dots that are nearer to each other share a column of numbers
 
 
+_STYLE = """
+svg { background: #fff; font: 11.5px sans-serif; }
+text { fill: #555; } .middle { text-anchor: middle; } .end { text-anchor: end; }
+polyline { fill: none; } .grid { stroke: #ddd; } .axis { stroke: #888; } .leader { stroke: #888; stroke-width: .7; }
+.line { stroke: #4269d0; stroke-width: 1.8; opacity: .6; } .band { fill: #4269d0; opacity: .15; }
+.dot { fill: #fff; stroke: #4269d0; stroke-width: 1.8; } .dot.chosen { fill: #d0552b; stroke: #d0552b; }
+.number { fill: #111; } .number.chosen { font-weight: 700; }
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """One numbered dot."""
@@ -88,6 +98,13 @@ def curve(marks: Sequence[Mark], tolerance: float | None, x_name: str, y_name: s
     for mark in sorted(marks, key=lambda mark: mark.chosen):
         _shape(svg, "circle", "dot chosen" if mark.chosen else "dot", cx=x.at(mark.x), cy=y.at(mark.y), r=4.5)
     return tostring(svg, encoding="unicode")
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with letters and colours that a page would give it."""
+    head, _, rest = svg.partition(">")
+    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="690"', 1)
+    return f"{head}><style>{_STYLE}</style>{rest}\n" if svg else ""
 
 
 def reliability(bubbles: Sequence[Bubble]) -> str:

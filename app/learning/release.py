@@ -15,7 +15,8 @@ from typing import Any
 from app.domain import InputKind, Prefix, TaskVersion
 from app.engine.artifact import MANIFEST, read_artifact
 from app.engine.backbone import Backbone
-from app.learning import writer
+from app.learning import drawing, writer
+from app.learning.drawing import Mark
 from app.learning.learn import Options, learn
 from app.learning.notes import Notes, key_of
 from app.learning.pack import (
@@ -38,7 +39,7 @@ from app.learning.prepare import read_frozen
 from app.learning.recipe import Recipe
 from app.learning.study import Quiet, Watcher
 
-RELEASE, READABLE = "release.json", "RELEASE.md"
+RELEASE, READABLE, CURVE = "release.json", "RELEASE.md", "curve.svg"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +82,7 @@ def propose(
         release = _described(search, states, outcomes)
         (folder / RELEASE).write_text(json.dumps(release, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / READABLE).write_text(readable(release), encoding="utf-8")
+        (folder / CURVE).write_text(curve_plot(release), encoding="utf-8")
     return release
 
 
@@ -254,6 +256,7 @@ def readable(release: Mapping[str, Any]) -> str:
         "dev and test are of the whole files, before → after; search is the dev score on the rows of the search, and "
         "that of the best arrangement found.",
         "## Score against passes",
+        f"![Average dev score against passes]({CURVE})",
         markdown(curve_rows(release)),
         *conclusions(release),
     ]
@@ -285,11 +288,23 @@ def task_rows(release: Mapping[str, Any]) -> list[list[str]]:
 
 def curve_rows(release: Mapping[str, Any]) -> list[list[str]]:
     kinds = list(release["passes"])
-    rows = [["state", *(f"passes, {kind}" if len(kinds) > 1 else "passes" for kind in kinds), "average dev score"]]
-    for point in release["curve"]:
+    rows = [["", "state", *(f"passes, {kind}" if len(kinds) > 1 else "passes" for kind in kinds), "average dev score"]]
+    for number, point in enumerate(release["curve"], start=1):
         passes = [f"{point['passes'][kind]:.3f}" if kind in point["passes"] else "" for kind in kinds]
-        rows.append([point["state"], *passes, f"{point['dev']:.4f}"])
+        rows.append([str(number), point["state"], *passes, f"{point['dev']:.4f}"])
     return rows
+
+
+def curve_plot(release: Mapping[str, Any]) -> str:
+    """An SVG of the rows of `curve_rows`, by their numbers; the state that is proposed, last but one, stands out."""
+    points = release["curve"]
+    marks = [
+        Mark(number, sum(point["passes"].values()), point["dev"], chosen=number == len(points) - 1)
+        for number, point in enumerate(points, start=1)
+    ]
+    kinds = list(release["passes"])
+    x_name = "passes" if len(kinds) == 1 else f"passes, {' and '.join(kinds)} together"
+    return drawing.standalone(drawing.curve(marks, None, x_name, "average dev score"))
 
 
 def conclusions(release: Mapping[str, Any]) -> list[str]:

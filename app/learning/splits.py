@@ -9,10 +9,8 @@ import heapq
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from statistics import median
-from typing import Any
 
 from app.domain import ProblemType, TextInput
 from app.errors import DataError
@@ -152,14 +150,6 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
-    """In characters, both texts of a pair together."""
-
-    median: float
-    max: int
-
-
-@dataclass(frozen=True, slots=True)
 class Findings:
     """What a person should know of the data; each mapping is by the table's name in the run: train, dev, test."""
 
@@ -169,13 +159,7 @@ class Findings:
     in_dev: Overlap  # of test with a dev file
     contradictions: Contradictions  # in train's file
     unopened: Unopened  # in train's file
-    unseen: dict[str, int]  # how many of train's labels a table lacks; not of train
     unreadable: dict[str, LeftOut]
-    label_counts: dict[str, dict[str, int]]
-    length: dict[str, Lengths]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def sentences(self) -> list[str]:
         """One for each finding that a person should act on."""
@@ -222,7 +206,6 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
     groups = _same_texts(train.examples)
     known = {_identity(train.examples[group[0]].text) for group in groups}
     in_dev = {_identity(text) for text in compared["dev"].texts} if {"dev", "test"} <= compared.keys() else set()
-    counts = {name: _label_counts(table) for name, table in tables.items()}
     return Findings(
         files={name: table.name for name, table in tables.items()},
         rows={name: len(table.examples) for name, table in tables.items()},
@@ -230,10 +213,7 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
         in_dev=_overlap(compared["test"], in_dev) if in_dev else Overlap(0, ()),
         contradictions=_contradictions(train.examples, groups),
         unopened=_unopened(train),
-        unseen={name: len(counts["train"].keys() - counts[name].keys()) for name in others},
         unreadable={name: _left_out(table) for name, table in tables.items()},
-        label_counts=counts,
-        length={name: _lengths(table) for name, table in tables.items()},
     )
 
 
@@ -272,15 +252,6 @@ def _answer(example: Example) -> tuple[tuple[str, ...], float]:
 
 def _left_out(table: Table) -> LeftOut:
     return LeftOut(len(table.unreadable), tuple(row.reason for row in table.unreadable[:_MAX_EXAMPLES]))
-
-
-def _label_counts(table: Table) -> dict[str, int]:
-    return dict(sorted(Counter(label for example in table.examples for label in example.labels).items()))
-
-
-def _lengths(table: Table) -> Lengths:
-    lengths = [len(text.text) + len(text.text_pair or "") for text in table.texts]
-    return Lengths(median(lengths), max(lengths))
 
 
 def _listed(lines: Sequence[int], count: int) -> str:

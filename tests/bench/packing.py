@@ -27,7 +27,7 @@ from app.learning.data import Table, read_table
 from app.learning.learn import Files, Options, learn
 from app.learning.pack import Limits, Member
 from app.learning.recipe import Recipe
-from app.learning.release import RELEASE, conclusions, cost, curve_rows, markdown, propose, task_rows
+from app.learning.release import RELEASE, conclusions, cost, curve_plot, curve_rows, markdown, propose, task_rows
 from app.learning.splits import subsample
 from app.learning.terminal import Screen
 from tests.bench.machine import describe
@@ -108,6 +108,7 @@ def main() -> int:
             propose(members, work / "live", work / "release", (backbone, exact), screen, limits, work=fits)
         release = json.loads((work / "release" / RELEASE).read_text("utf-8"))
     REPORT.write_text(page(release, args, backbone), "utf-8")
+    REPORT.with_name("packing.svg").write_text(curve_plot(release), "utf-8")
     return 0
 
 
@@ -139,6 +140,7 @@ def page(release: Mapping[str, Any], args: argparse.Namespace, backbone: Backbon
         "cost.",
         *conclusions(release),
         "## Score against passes",
+        "![Average dev score against passes](packing.svg)",
         markdown(curve_rows(release)),
         "## What prefixes add to attention readouts",
         markdown(_gains(release)),

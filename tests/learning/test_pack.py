@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -199,7 +200,7 @@ def test_a_task_that_stays_gets_no_new_version(packed: Packed) -> None:
     plain = packed.release["tasks"]["plain"]
     assert plain["before"] == plain["after"] and not plain["is_new"]
     found = sorted(path.name for path in packed.folder.iterdir())
-    assert found == ["RELEASE.md", "mood", "pair", "release.json", "twin"]
+    assert found == ["RELEASE.md", "curve.svg", "mood", "pair", "release.json", "twin"]
     assert (packed.folder / "mood" / "report.html").is_file()
 
 
@@ -218,6 +219,9 @@ def test_the_curve_rises_with_the_passes(packed: Packed) -> None:
     assert {point["passes"]["pair"] for point in curve} == {1.0}
     scores = [point["dev"] for point in curve]
     assert scores == sorted(scores) and scores[0] < scores[-1]
+    drawn = ElementTree.fromstring((packed.folder / "curve.svg").read_text())
+    dots = drawn.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(dots) == len(curve) and [dot.get("class") for dot in dots].count("dot chosen") == 1
 
 
 def test_the_number_of_fits_is_told_and_held(packed: Packed) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from dataclasses import replace
@@ -185,7 +184,7 @@ def test_a_pair_is_the_same_where_both_texts_are() -> None:
         for pair in (("x", "y"), ("y", "x"))
     )
     found = findings({"train": train, "test": test})
-    assert found.overlaps["test"].count == 0 and found.length["train"].max == 2
+    assert found.overlaps["test"].count == 0
 
 
 def test_rows_of_train_that_contradict_each_other() -> None:
@@ -232,8 +231,4 @@ def test_data_in_order_needs_no_sentence_and_is_counted() -> None:
     train, dev = table(("one", "a"), ("fifteen", "b"), ("two", "a")), table(("four", "a"))
     found = findings({"train": train, "dev": dev})
     assert found.sentences() == []
-    written = json.loads(json.dumps(found.as_json()))
-    assert written["label_counts"] == {"train": {"a": 2, "b": 1}, "dev": {"a": 1}}
-    assert written["unseen"] == {"dev": 1}
-    assert written["length"]["train"] == {"median": 3, "max": 7}
-    assert written["rows"] == {"train": 3, "dev": 1}
+    assert found.rows == {"train": 3, "dev": 1}
