@@ -51,12 +51,12 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 - **p99 while versions are loaded on a GPU.** The four clients of that measurement, the engine and the loader share
   one Python interpreter; loading takes 2 to 3 ms of it per version. On the device the copies have a stream of their
   own.
-- **Watching.** What it adds is 1.3 % of a request's processor time with five answers, 2.2 % with one. But two cores run
-  the layers in step: what is taken from one is waited for on the other, so throughput gives up two to three times that.
-  Single rounds move by a tenth either way; another run of the same day had 0.998 with five answers and 0.942 with one.
-  Lines, spans and rows are made in Python: measured each alone, the line takes about 40 of 83 µs a request, the
-  prediction log 15, spans 10. A lower priority for the threads that write, lines made on the log's thread, and a
-  shorter switch interval of the interpreter, brought nothing that throughput shows.
+- **Watching.** What it adds to a request's processor time is between one and two percent (the page has both). But two
+  cores run the layers in step: what is taken from one is waited for on the other, so throughput gives up two to three
+  times that. Single rounds move by a tenth either way, and whole runs of one day by two hundredths.
+  Lines, spans and rows are made in Python: measured each alone, the line took about 40 of 83 µs a request (a third
+  less since), the prediction log 15, spans 10. A lower priority for the threads that write, lines made on the log's
+  thread, and a shorter switch interval of the interpreter, brought nothing that throughput shows.
 
 ## What was measured and left out
 
