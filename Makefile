@@ -20,7 +20,8 @@ help:
 	@echo "make check    ruff, mypy, hadolint"
 	@echo "make bench    run the benchmarks                  make bench-peers installs what they compare with"
 	@echo "              one by one: bench-limits bench-fanout bench-serving bench-growth bench-soak bench-swaps bench-gpu"
-	@echo "              on data of yours: bench-drift DATA=folder"
+	@echo "              on data of yours, DATA=folder: bench-learning bench-few-labels bench-packing bench-drift"
+	@echo "              bench-experiment; with it bench runs learning, few labels and the experiment's quick run too"
 	@echo "make format   rewrite the sources as ruff would"
 	@echo "make lock     resolve pyproject.toml anew into the lock"
 	@echo "make clean    remove the environments and caches"
@@ -66,7 +67,7 @@ bench-drift: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.drift $(DATA) $(ARGS)
 
 bench-experiment: $(VENV)/.dev
-	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --out tests/bench/experiment/QUICK.md $(ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/manifold experiment --data $(DATA) --quick --seeds 0,1,2 --out tests/bench/experiment/QUICK.md $(ARGS)
 
 bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-watching: bench-%: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.$* $(ARGS)

@@ -29,6 +29,7 @@ from app.telemetry.tracing import UNTRACED, Caller, Trace, parse_caller
 
 logger = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _GONE = 499  # as nginx has it: the client has gone, and nobody hears this
 _FREE = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/docs", "/openapi.json"})
 _ARTIFACTS = re.compile(r"/v1/tasks/[^/]+/versions")
@@ -67,7 +68,7 @@ class Border:
 
         try:
             await self.app(scope, receive, send_stamped)
-            if status is None:
+            if status is None and _has_arrived(scope):
                 self._told(scope, _GONE, time.monotonic() - began_s)
         except Exception as error:
             fault = error
@@ -156,7 +157,7 @@ class Body:
         self.artifact_limit_bytes = artifact_limit_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH", "DELETE"):
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             return await self.app(scope, receive, send)
         limit_bytes = self.artifact_limit_bytes if _takes_artifact(scope) else self.limit_bytes
         _check(_declared_length(scope), limit_bytes)
@@ -265,6 +266,11 @@ def _request_id(given: str | None) -> str:
     if given and len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
         return given
     return f"{random.getrandbits(128):032x}"  # it is no secret; a call of the system would let go of the interpreter
+
+
+def _has_arrived(scope: Scope) -> bool:
+    """Whole: what a client sends for ever so long says nothing of the server."""
+    return "body" in scope["state"] or scope["method"] not in _WITH_BODY
 
 
 def _takes_artifact(scope: Scope) -> bool:

@@ -143,7 +143,7 @@ def _arms(task: Mapping[str, Any], counted: _Counted) -> Iterator[tuple[str, str
     known = {(version, arm) for version, arm, _ in live}
     for (name, version, arm), grown in sorted(counted.answers.items()):
         if name == task["name"] and grown and (version, arm) not in known:
-            yield version, arm, arm if arm == "pinned" else f"{arm} until now"
+            yield version, arm, arm if arm == "pinned" else f"{arm} in its place"
 
 
 def _most(value: Callable[[Row], float | None]) -> Callable[[list[Row]], float]:

@@ -91,27 +91,35 @@ def plain(frame: Frame, order: str, width: int) -> RenderableType:
 def _head(frame: Frame, width: int) -> Iterator[Text]:
     if frame.trouble:
         yield _line(f"{frame.trouble}; all below is of {when(frame.read_at)}", "bold red")
-    yield _server(frame)
+    yield from _folded(frame.url, _server(frame), width, "bold")
     for asked in requests(frame.between):
-        yield _line(_requests(asked))
+        yield from _folded(asked.route.rpartition("/")[2], _requests(asked), width)
     yield from _folded("engine", _engine(frame.between), width)
     yield from _folded("stages", _stages(frame.between), width)
     yield from _index(frame.between)
 
 
-def _server(frame: Frame) -> Text:
+def _server(frame: Frame) -> list[Text]:
     backbone, between = frame.info["backbone"], frame.between
-    runs = f"{backbone['name']} on {backbone['device']} in {backbone['dtype']}"
-    generation = _figure(between.gauge("manifold_generation"), ".0f")
     started = between.gauge("process_start_time_seconds")
     up = _UNKNOWN if started is None else str(timedelta(seconds=max(int(frame.read_at - started), 0)))
-    return _line(f"{frame.url}  {runs}  generation {generation}  up {up}  {when(frame.read_at)}", "bold")
+    parts = (
+        f"{backbone['name']} on {backbone['device']} in {backbone['dtype']}",
+        f"generation {_figure(between.gauge('manifold_generation'), '.0f')}",
+        f"up {up}",
+        when(frame.read_at),
+    )
+    return [_line(part, "bold") for part in parts]
 
 
-def _requests(asked: Requests) -> str:
-    name = asked.route.rpartition("/")[2]
-    times = f"p50 {_time(asked.p50_s)}  p99 {_time(asked.p99_s)}"
-    return f"{name:<11} {_figure(asked.rate, '.1f')}/s  {times}  failed {percent(asked.failed)}"
+def _requests(asked: Requests) -> list[Text]:
+    parts = (
+        f"{_figure(asked.rate, '.1f')}/s",
+        f"p50 {_time(asked.p50_s)}",
+        f"p99 {_time(asked.p99_s)}",
+        f"failed {percent(asked.failed)}",
+    )
+    return [_line(part) for part in parts]
 
 
 def _engine(between: Between) -> list[Text]:
@@ -139,15 +147,16 @@ def _stages(between: Between) -> list[Text]:
     ]
 
 
-def _folded(name: str, parts: Sequence[Text], width: int) -> Iterator[Text]:
+def _folded(name: str, parts: Sequence[Text], width: int, style: str = "") -> Iterator[Text]:
     """On as many lines as it takes: what is cut off may be what somebody looks for."""
-    line = _line(f"{name:<11}")
+    line = _line(f"{name:<{_INDENT}}", style)
+    is_first = True
     for part in parts:
-        if line.cell_len > _INDENT and line.cell_len + _GAP + part.cell_len > width:
+        if not is_first and line.cell_len + _GAP + part.cell_len > width:
             yield line
-            line = _line(" " * _INDENT)
-        line.append(" " if line.cell_len == _INDENT else "  ")
-        line.append_text(part)
+            line, is_first = _line(" " * _INDENT), True
+        line.append(" " if is_first else "  ").append_text(part)
+        is_first = False
     yield line
 
 

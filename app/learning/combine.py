@@ -233,6 +233,9 @@ def _heads_in(given: Path, old: Artifact, spec: BackboneSpec, watcher: Watcher) 
     """An artifact itself; of a folder of artifacts each task's newest version, where that reads what `old` holds."""
     if (given / MANIFEST).exists() or not given.is_dir():
         return [given]
+    numbered = [child for child in given.iterdir() if child.is_dir() and child.name.isdecimal()]
+    if numbered:  # one task's
+        return [max(numbered, key=lambda child: int(child.name))]
     newest = {place.path.relative_to(given).parts[0]: place.path for place in list_artifacts(given)}
     found = [path for path in newest.values() if (path / MANIFEST).is_file() and _reads(path, old, spec, watcher)]
     if not found:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("artifact", type=Path, metavar="DIR", help="an artifact with a prefix of its own")
     parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="the head is fitted again on it")
-    told = "says which tokens matter and what is lost; default the tenth of train that the task was learned without"
+    told = "says which tokens matter and what is lost; may be left out where the task was learned without one too"
     parser.add_argument("--dev", type=Path, metavar="FILE", help=told)
     parser.add_argument("--test", type=Path, metavar="FILE", help="measured at the end")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the smaller artifact's folder")

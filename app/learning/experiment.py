@@ -29,6 +29,7 @@ from app.learning.experiment_plan import (
     CEILING,
     LINEAR,
     LINEAR_RATE,
+    MEASURED,
     OWN,
     READOUTS,
     SHARED,
@@ -147,6 +148,11 @@ class Experiment:
     def _study(self, tables: Tables, backbone: Backbone | None = None) -> Study:
         return Study(tables, backbone or self.backbone, self.tokenizer, Quiet())
 
+    def _source_study(self, source: str, seed: int) -> Study:
+        study = self._study(self.sets.source(source, seed))
+        study.measure = self._measure(source)
+        return study
+
     def _folder(self, name: str, seed: int) -> Path:
         return self.work / f"seed{seed}" / name.replace(" ", "-")
 
@@ -239,7 +245,7 @@ class Experiment:
         folder, wanted = self._folder(name, seed), self._training_cells(sources, name, seed)
         if not self._missing(wanted) and folder.is_dir():
             return
-        studies = {source: self._study(self.sets.source(source, seed)) for source in sources}
+        studies = {source: self._source_study(source, seed) for source in sources}
         recipes = {source: self.prefix_recipe(source, seed) for source in sources}
         vectors, done = train_shared_prefix(studies, recipes)
         write_prefix(folder, folder.name, vectors, recipes[sources[0]].first_layer, self.backbone.spec)
@@ -249,7 +255,7 @@ class Experiment:
         folder, wanted = self._folder(name, seed), self._training_cells(sources, name, seed)
         if not self._missing(wanted) and folder.is_dir():
             return
-        studies = {source: self._study(self.sets.source(source, seed)) for source in sources}
+        studies = {source: self._source_study(source, seed) for source in sources}
         network, done = finetune_together(studies, replace(self.plan.finetuning, seed=seed))
         rmtree(folder, ignore_errors=True)
         with writer.new_folder(folder) as draft:
@@ -360,4 +366,10 @@ def header(plan: Plan, sets: Sets, spec: BackboneSpec) -> dict[str, Any]:
     """What results are results of; further seeds can be added to them."""
     settings = asdict(plan)
     del settings["seeds"]
-    return {"plan": settings, "data": sets.digests(), "backbone": spec.fingerprint, "dtype": spec.dtype}
+    return {
+        "plan": settings,
+        "measured": MEASURED,
+        "data": sets.digests(),
+        "backbone": spec.fingerprint,
+        "dtype": spec.dtype,
+    }

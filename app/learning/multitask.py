@@ -253,7 +253,7 @@ def _endless(lengths: Tensor, batch_size: int, generator: torch.Generator) -> It
 
 
 def _dev(study: Study, logits: Tensor, targets: Tensor) -> float:
-    return dev_figure(_kind(study), logits, targets, study.tables.labels, ())
+    return dev_figure(_kind(study), logits, targets, study.tables.labels, (), measure=study.measure)
 
 
 def _mean(figures: Mapping[str, float]) -> float:

@@ -6,6 +6,7 @@ nothing but prefixes and notes for its own use.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,6 +176,8 @@ def check(members: Sequence[Member], limits: Limits, out: Path, work: Path | Non
         raise SettingsError("--tolerance must be in 0 … 100 points")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingsError(f"{out} exists and is not empty: name a new folder with --out")
+    if work is not None and work.exists() and not work.is_dir():
+        raise SettingsError(f"--work {work} is no folder: name a folder of its own")
     if work is not None and work.resolve().is_relative_to(out.resolve()):
         raise SettingsError(f"--work {work} lies in --out {out}, which is new each time: name another folder")
     writer.check_room(out.absolute())
@@ -240,7 +243,10 @@ def _read_task(member: Member, spec: BackboneSpec, tokenizer: TextTokenizer) -> 
     bare = replace(member.recipe, readout=None, num_virtual_tokens=0, first_layer=0, prefixes=())
     recipe = with_enough_steps(bare, len(train.examples))
     own = replace(recipe, num_virtual_tokens=_num_virtual_tokens(member))
-    own.completed(tables.problem_type, tables.num_outputs, spec)
+    try:
+        own.completed(tables.problem_type, tables.num_outputs, spec)
+    except SettingsError as error:
+        raise SettingsError(f"{member.recipe.task}: {error}") from error
     return Task(member, tables, replace(tables, train=train, dev=dev), None, recipe)
 
 
@@ -388,7 +394,7 @@ class Search:
         recipe = study.completed(replace(schedule, num_virtual_tokens=count, first_layer=first_layer))
         key = self._key(study, recipe)
         path = self.notes.folder / f"prefix-{key}"
-        if not path.is_dir():
+        if not _is_whole(path, self.backbone.spec):
             self.notes.forget(key)
         name = f"own prefix from layer {first_layer}"
         trial = self._fit(task, study, recipe, name, lambda fitted: _write_prefix(path, fitted, self.backbone.spec))
@@ -565,6 +571,15 @@ def prefixes_of(read: PrefixTuple) -> tuple[Prefix, ...]:
 
 def named(read: PrefixTuple) -> str:
     return " + ".join(map(str, read)) or "the bare trunk"
+
+
+def _is_whole(path: Path, spec: BackboneSpec) -> bool:
+    try:
+        read_artifact(path, spec)
+    except ManifoldError:
+        shutil.rmtree(path, ignore_errors=True)  # what is broken is fitted anew
+        return False
+    return True
 
 
 def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> None:

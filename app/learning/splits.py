@@ -182,8 +182,8 @@ class Findings:
         if self.unopened.count:
             found.append(
                 f"{self.unopened.count} rows of {self.files['train']} begin a span with I, not B "
-                f"({_listed(self.unopened.lines, self.unopened.count)}): where that is a slip, correct them. No "
-                "answer has a span that begins so, but of a kind of which one in 20 does"
+                f"({_listed(self.unopened.lines, self.unopened.count)}): where that is a slip, correct them; "
+                "answers begin a kind of span so only where more than 5 % of its spans do"
             )
         return found
 

@@ -152,6 +152,7 @@ class Study:
         self.tokenizer = tokenizer
         self.watcher = watcher
         self.scaling = Scaling.of(tables.train)
+        self.measure = ""  # of dev, where no recipe says it; "": the problem's usual one
         self._views: dict[_Key, _View] = defaultdict(_View)
         self._whole: Study | None = None  # of which this is a part
         self._rows: Mapping[str, Sequence[int]] = {}

@@ -89,7 +89,7 @@ class Metrics:
             self._requests.labels(route, code)  # there from the start, so that the first failure is seen to be one
         self._request_duration = Histogram(
             "manifold_request_duration_seconds",
-            "Time from a request's arrival to its answer's first byte, by route. "
+            "Time from a request's arrival to its answer's first byte, or until its client left, by route. "
             "Without 401, 403 and 429: what is refused before any work.",
             ("route",),
             buckets=_REQUEST_BUCKETS_S,
@@ -289,7 +289,7 @@ class Metrics:
     def forget(self, task: str, version: int) -> None:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""
         labels = {"task": task, "version": str(version)}
-        self._told = {told for told in self._told if told[:2] != (task, version)}
+        self._told = {told for told in list(self._told) if told[:2] != (task, version)}  # others add to it meanwhile
         self._predictions.remove_by_labels(labels)
         self._device_time.remove_by_labels(labels)
         self.no_scores(task, version)

@@ -219,6 +219,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_starts_nothing(url: str,
         pass
     assert httpx2.get(f"{url}/readyz").status_code == 200
     assert engine.requests == []
+    assert 'code="499"' not in httpx2.get(f"{url}/metrics").text, "how long somebody sends says nothing of the server"
 
 
 def test_two_requests_in_one_packet_are_both_answered(url: str) -> None:

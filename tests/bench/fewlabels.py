@@ -99,9 +99,9 @@ def main() -> int:
 
 {datetime.now(UTC):%Y-%m-%d}, {describe(args.threads, backbone.spec.dtype)}. Written by `make bench-few-labels DATA=…`.
 
-Accuracy on up to {TEST_ROWS} test texts, mean and standard deviation over {args.seeds} seeds, each with other rows;
-{DEV_ROWS} rows choose epoch and composition, with all examples all rows of dev. Seconds are of compose, from
-texts to the head. The pool is {len(pool)} prefixes{" that ship" if args.pool == PREFIXES else ""}
+Accuracy on up to {TEST_ROWS} test texts, mean and standard deviation over {args.seeds} seeds, each with other rows but
+where all are taken; {DEV_ROWS} rows choose epoch and composition, with all examples all rows of dev. Seconds are of
+compose, from texts to the head. The pool is {len(pool)} prefixes{" that ship" if args.pool == PREFIXES else ""}
 ({", ".join(path.name for path in pool)}); none was trained on these sets.
 
 {chr(10).join(lines)}

@@ -369,7 +369,7 @@ def test_what_answers_in_the_place_of_a_version_that_cannot_be_loaded_is_shown(
     metrics.unserved({"tone": 1})
     lines = once(server(metrics, metrics=[(200, before), (200, scraped(metrics))]), capsys)
     assert "1 live versions are not served here: manifold index says which" in lines
-    assert float(cells(lines, "champion until now")[3]) > 0
+    assert float(cells(lines, "champion in its place")[3]) > 0
 
 
 def test_the_stage_to_look_at_is_never_the_queue() -> None:

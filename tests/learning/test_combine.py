@@ -241,6 +241,15 @@ def test_the_heads_in_a_folder_are_those_that_read_it(world: World, backbone: Ba
     assert digests(tmp_path / "out/mood") == digests(tmp_path / "out/both")
 
 
+def test_of_a_tasks_versions_the_newest_is_its_head(world: World, backbone: Backbone, tmp_path: Path) -> None:
+    for number, name in ((2, "trunk"), (10, "mood")):
+        shutil.copytree(world / name, tmp_path / "served" / "mood" / str(number))
+    for heads in (tmp_path / "served", tmp_path / "served" / "mood"):
+        changes = replaced(world, backbone, tmp_path / heads.name / "out", heads=[heads])
+        assert list(changes["heads"]) == ["mood"]
+        shutil.rmtree(tmp_path / heads.name / "out")
+
+
 def test_a_prefix_can_be_named_by_its_digest(world: World, backbone: Backbone, tmp_path: Path) -> None:
     (digest,) = digests(world / "two")
     changes = replaced(world, backbone, tmp_path / "out", digest, heads=[])

@@ -157,6 +157,21 @@ def test_the_manifest_says_what_it_came_from_and_what_was_lost(root: Path, backb
     assert str(root) not in json.dumps(manifest)
 
 
+def test_without_dev_rows_of_its_own_only_the_part_that_the_task_did_not_see_will_do(
+    root: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    files = Files(root / "train.tsv", None, root / "test.tsv")
+    given = (tmp_path / "out", (backbone, backbone), Silent())
+    with pytest.raises(SettingsError, match="--dev must be given: late was not learned from a part of"):
+        compress(root / "late", files, *given)
+    settings = {"epochs": 3, "hidden": 16, "learning_rate": 5e-3, "num_virtual_tokens": 4, "first_layer": 1, "seed": 5}
+    learn(Recipe("split", **settings), files, tmp_path / "split", (backbone, backbone), Silent())
+    manifest = compress(tmp_path / "split", files, *given, tolerance=1.0, tokens=2)
+    stated = json.loads((tmp_path / "split" / "manifest.json").read_text())
+    assert manifest["data"]["dev"] == stated["data"]["dev"]
+    assert manifest["compressed"]["before"]["dev"] == stated["evaluation"]["dev"]
+
+
 def test_a_prefix_in_full_precision_is_halved(root: Path, backbone: Backbone, tmp_path: Path) -> None:
     source = write_changed(root / "late", tmp_path / "late", 1.0, "late")
     manifest = compress(source, files_in(root), tmp_path / "out", (backbone, backbone), Silent(), tokens=8)

@@ -363,8 +363,9 @@ def test_other_settings_and_lost_prefixes_are_fitted_anew(
     propose([Member(recipe("mood", **WEAK, seed=1), packed.files["mood"])], out=tmp_path / "two", **given)
     assert len(fitted) > needed
     fitted.clear()
-    for path in (tmp_path / "work").glob("prefix-*"):
-        shutil.rmtree(path)
+    gone, broken, *_ = sorted((tmp_path / "work").glob("prefix-*"))
+    shutil.rmtree(gone)
+    (broken / "adapter_model.safetensors").unlink()
     propose([Member(recipe("mood", **WEAK), packed.files["mood"])], out=tmp_path / "three", **given)
     assert 0 < len(fitted) < needed
 
@@ -477,7 +478,7 @@ def test_it_packs_a_task_without_dev_file(
         (("--max-passes", "0.9"), "--max-passes must be 1 or more: the bare trunk alone takes one pass"),
         (("--live", "nowhere"), "nowhere is not a folder: name the folder of the live artifacts with --live"),
         (("--out", "."), ". exists and is not empty: name a new folder with --out"),
-        (("--work", "/dev/null"), "/dev/null cannot be used: File exists; name another folder with --work"),
+        (("--work", "/dev/null"), "--work /dev/null is no folder: name a folder of its own"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(
@@ -485,6 +486,15 @@ def test_what_is_wrong_is_one_sentence(
 ) -> None:
     assert run(*arguments, *given) == 1
     assert capsys.readouterr().err == f"manifold pack: {sentence}\n"
+
+
+def test_a_setting_that_a_task_cannot_have_is_told_with_its_name(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "tasks.toml"
+    config.write_text(config.read_text() + 'measure = "micro_f1"\n')
+    assert run(*arguments) == 1
+    assert "manifold pack: other: --measure micro_f1 is nothing that this problem has" in capsys.readouterr().err
 
 
 def test_without_a_folder_and_without_a_server_it_says_what_to_give(
