@@ -94,6 +94,7 @@ class BusyServer:
                 self._ask_once(client, number)
                 if number % 20 == 0:
                     self._overload()
+                    self._leave(number)
 
     def _ask_once(self, client: httpx2.Client, number: int) -> None:
         text = f"You have won prize {number // 2}!"  # every other one is in the cache
@@ -108,6 +109,12 @@ class BusyServer:
         bodies = [{"inputs": f"{time.monotonic()} of {row}"} for row in range(5 * PERMITS)]
         with ThreadPoolExecutor(len(bodies)) as many:
             list(many.map(lambda body: httpx2.post(f"{self.url}/v1/predict", json=body, timeout=20), bodies))
+
+    def _leave(self, number: int) -> None:
+        """Before the answer, which takes longer than this client waits."""
+        body = {"inputs": [f"{row} of {number} {'word ' * 100}" for row in range(32)]}
+        with contextlib.suppress(httpx2.TimeoutException):
+            httpx2.post(f"{self.url}/v1/predict", json=body, timeout=0.05)
 
     # -- who changes ---------------------------------------------------------------------------------------------------
 
