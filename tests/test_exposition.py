@@ -16,7 +16,8 @@ def test_counters_gauges_and_buckets_are_found_by_name_and_labels() -> None:
     metrics.following(17, 8)
     found = read_exposition(metrics.render()[0].decode())
     labels = {("task", 'odd "name"\n'), ("version", "3"), ("arm", "champion"), ("outcome", "success")}
-    assert found["manifold_predictions_total"] == {frozenset(labels): 2.0}
+    failed = labels - {("outcome", "success")} | {("outcome", "failure")}
+    assert found["manifold_predictions_total"] == {frozenset(labels): 2.0, frozenset(failed): 0.0}
     assert found["manifold_generation"] == {frozenset(): 17.0}
     assert found["manifold_stage_duration_seconds_bucket"][frozenset({("stage", "queue"), ("le", "+Inf")})] == 1.0
     assert found["manifold_stage_duration_seconds_sum"] == {frozenset({("stage", "queue")}): 0.003}
