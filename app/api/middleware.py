@@ -60,7 +60,7 @@ class Border:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 duration_s = time.monotonic() - began_s
-                self._told(scope, status, duration_s)
+                self._tell(scope, status, duration_s)
                 total = milliseconds(duration_s)
                 stamps = (b"x-request-id", request_id.encode()), (b"x-total-time", total.encode())
                 message = {**message, "headers": [*message["headers"], *stamps]}
@@ -69,7 +69,7 @@ class Border:
         try:
             await self.app(scope, receive, send_stamped)
             if status is None and _has_arrived(scope):
-                self._told(scope, _GONE, time.monotonic() - began_s)
+                self._tell(scope, _GONE, time.monotonic() - began_s)
         except Exception as error:
             fault = error
             _log(error, request_id, trace)
@@ -81,7 +81,7 @@ class Border:
                 trace.end(lambda: describe(scope, status, fault))
             fault = None  # its traceback holds this frame, and so the body: a cycle that would wait for the collector
 
-    def _told(self, scope: Scope, status: int, duration_s: float) -> None:
+    def _tell(self, scope: Scope, status: int, duration_s: float) -> None:
         _count(scope, status, duration_s)
         if self.logs_requests and scope["path"] not in _FREE:
             log_request(scope, status, duration_s)

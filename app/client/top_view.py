@@ -33,7 +33,7 @@ _UNKNOWN = "–"
 _CHANGES_HEAD = 2  # lines above the first change
 _WORDS = {"task", "arm"}
 _GAP = 2  # between two columns
-_UNFOLDED = 10_000
+_UNFOLDED = 10_000  # columns, which no line of the head fills
 _INDENT = 11  # of what is said behind a name
 
 # Heading, and how a row says it.
@@ -99,33 +99,31 @@ def _head(frame: Frame, width: int) -> Iterator[Text]:
     yield from _index(frame.between)
 
 
-def _server(frame: Frame) -> list[Text]:
+def _server(frame: Frame) -> Sequence[str]:
     backbone, between = frame.info["backbone"], frame.between
     started = between.gauge("process_start_time_seconds")
     up = _UNKNOWN if started is None else str(timedelta(seconds=max(int(frame.read_at - started), 0)))
-    parts = (
+    return (
         f"{backbone['name']} on {backbone['device']} in {backbone['dtype']}",
         f"generation {_figure(between.gauge('manifold_generation'), '.0f')}",
         f"up {up}",
         when(frame.read_at),
     )
-    return [_line(part, "bold") for part in parts]
 
 
-def _requests(asked: Requests) -> list[Text]:
-    parts = (
+def _requests(asked: Requests) -> Sequence[str]:
+    return (
         f"{_figure(asked.rate, '.1f')}/s",
         f"p50 {_time(asked.p50_s)}",
         f"p99 {_time(asked.p99_s)}",
         f"failed {percent(asked.failed)}",
     )
-    return [_line(part) for part in parts]
 
 
-def _engine(between: Between) -> list[Text]:
+def _engine(between: Between) -> Sequence[str]:
     rejected = _figure(between.rate("manifold_rejected_total") or 0.0, ".1f")
     memory = between.gauge("process_resident_memory_bytes")
-    parts = (
+    return (
         f"{_figure(passes_per_request(between), '.2f')} passes a request",
         f"device {percent(device_busy(between))}",
         f"{_figure(between.mean('manifold_batch_rows'), '.1f')} rows a batch",
@@ -134,7 +132,6 @@ def _engine(between: Between) -> list[Text]:
         f"cached {percent(cached(between))}",
         f"memory {_UNKNOWN if memory is None else size(int(memory))}",
     )
-    return [_line(part) for part in parts]
 
 
 def _stages(between: Between) -> list[Text]:
@@ -147,11 +144,11 @@ def _stages(between: Between) -> list[Text]:
     ]
 
 
-def _folded(name: str, parts: Sequence[Text], width: int, style: str = "") -> Iterator[Text]:
+def _folded(name: str, parts: Sequence[str | Text], width: int, style: str = "") -> Iterator[Text]:
     """On as many lines as it takes: what is cut off may be what somebody looks for."""
     line = _line(f"{name:<{_INDENT}}", style)
     is_first = True
-    for part in parts:
+    for part in (one if isinstance(one, Text) else _line(one, style) for one in parts):
         if not is_first and line.cell_len + _GAP + part.cell_len > width:
             yield line
             line, is_first = _line(" " * _INDENT), True

@@ -30,7 +30,6 @@ from app.errors import SettingsError
 from app.learning import evaluation, reporting, writer
 from app.learning.cache import CachePlan, build_cache
 from app.learning.combine import check_answers, figures, measure_of, recipe_of, scores, stored_prefixes
-from app.learning.data import read_table
 from app.learning.learn import Files, Options, learn
 from app.learning.measured import Draft, write_measured
 from app.learning.model import position_offset
@@ -74,11 +73,11 @@ def compress(
     sizes = _sizes(artifact, tokens)
     if not tolerance >= 0:
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
-    if files.dev is None:
-        _check_split(artifact, files.train)
     kind = ProblemType(artifact.manifest["problem_type"])
     seed = recipe_of(artifact, ()).seed  # what a dev part is split off by, here and where the head is fitted again
     tables = Tables.read(files, kind, seed, TextTokenizer(backbones[0].path))
+    if files.dev is None:
+        _check_split(artifact, files.train, tables.train.sha256)
     check_answers(artifact, tables)
     work = _Work(artifact, files, tables, backbones, watcher)
     watcher.stage("measuring the artifact as it is", 0)
@@ -121,11 +120,11 @@ def _read(path: Path, spec: BackboneSpec) -> Artifact:
     return artifact
 
 
-def _check_split(artifact: Artifact, train: Path) -> None:
+def _check_split(artifact: Artifact, train: Path, sha256: str) -> None:
     """Raise SettingsError where a part split off from `train` would be rows that the artifact was learned from."""
     data = artifact.manifest.get("data") or {}
     known = {data.get(name, {}).get("sha256") for name in ("train", "dev")}
-    if known != {read_table(train, ProblemType(artifact.manifest["problem_type"])).sha256}:
+    if known != {sha256}:
         task = artifact.manifest["task"]
         raise SettingsError(
             f"--dev must be given: {task} was not learned from a part of {train} with the rest for dev, so no part of "

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from app.domain import BackboneSpec, Encoding, InputKind, Prefix, ProblemType, ReadoutKind, TaskVersion
 from app.engine.artifact import Artifact, flatten_prefix, read_artifact
@@ -394,7 +395,7 @@ class Search:
         recipe = study.completed(replace(schedule, num_virtual_tokens=count, first_layer=first_layer))
         key = self._key(study, recipe)
         path = self.notes.folder / f"prefix-{key}"
-        if not _is_whole(path, self.backbone.spec):
+        if whole_artifact(path, self.backbone.spec) is None:
             self.notes.forget(key)
         name = f"own prefix from layer {first_layer}"
         trial = self._fit(task, study, recipe, name, lambda fitted: _write_prefix(path, fitted, self.backbone.spec))
@@ -531,11 +532,7 @@ class Search:
         return trial
 
     def _key(self, study: Study, recipe: Recipe) -> str:
-        tables, spec = study.tables, self.backbone.spec
-        rows = {name: [table.sha256, len(table.examples)] for name, table in tables.named.items() if name != "test"}
-        frozen = [prefix.digest for prefix in read_frozen(recipe, spec).prefixes]
-        told = {"rows": rows, "prefixes": frozen, "model": [spec.fingerprint, spec.dtype]}
-        return key_of(recipe, told | {"problem": [tables.problem_type, *tables.labels]})
+        return key_of(recipe, made_from(recipe, study.tables, ("train", "dev"), self.backbone.spec))
 
     def _study(self, task: Task) -> Study:
         """A new one each time: the states of all tasks would not fit into memory."""
@@ -573,13 +570,23 @@ def named(read: PrefixTuple) -> str:
     return " + ".join(map(str, read)) or "the bare trunk"
 
 
-def _is_whole(path: Path, spec: BackboneSpec) -> bool:
+def whole_artifact(path: Path, spec: BackboneSpec) -> Artifact | None:
+    """What an earlier run left there; None where that is nothing, or broken."""
     try:
-        read_artifact(path, spec)
+        return read_artifact(path, spec)
     except ManifoldError:
-        shutil.rmtree(path, ignore_errors=True)  # what is broken is fitted anew
-        return False
-    return True
+        return None
+
+
+def made_from(recipe: Recipe, tables: Tables, names: Collection[str], spec: BackboneSpec) -> dict[str, Any]:
+    """What a fit depends on beside its recipe: rows of the tables in `names`, the problem, frozen prefixes, model."""
+    rows = {name: [table.sha256, len(table.examples)] for name, table in tables.named.items() if name in names}
+    return {
+        "rows": rows,
+        "problem": [tables.problem_type, *tables.labels],
+        "prefixes": [prefix.digest for prefix in read_frozen(recipe, spec).prefixes],
+        "model": [spec.fingerprint, spec.dtype],
+    }
 
 
 def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> None:
@@ -602,6 +609,7 @@ def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> None:
         "position_offset": fitted.position_offset,
         "backbone": {"fingerprint": spec.fingerprint},
     }
+    shutil.rmtree(path, ignore_errors=True)  # of an earlier run, and broken
     with writer.new_folder(path) as folder:
         writer.write_tensors(folder, {PROMPT: flat})
         writer.write_manifest(folder, manifest)

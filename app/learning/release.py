@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.domain import InputKind, Prefix, TaskVersion
-from app.engine.artifact import MANIFEST, read_artifact
+from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.learning import drawing, writer
 from app.learning.drawing import Mark
@@ -31,11 +31,12 @@ from app.learning.pack import (
     Task,
     check,
     find_live,
+    made_from,
     named,
     prefixes_of,
     read_tasks,
+    whole_artifact,
 )
-from app.learning.prepare import read_frozen
 from app.learning.recipe import Recipe
 from app.learning.study import Quiet, Watcher
 
@@ -136,15 +137,11 @@ class _Release:
     def _learned(self, task: Task, recipe: Recipe) -> Path:
         """The artifact, from an earlier run where that has made it."""
         tolerance, spec = self.search.limits.tolerance, self.search.backbone.spec
-        made_from = {
-            "files": {name: table.sha256 for name, table in task.tables.named.items()},
-            "problem": [task.tables.problem_type, *task.tables.labels],
-            "prefixes": [prefix.digest for prefix in read_frozen(recipe, spec).prefixes],
-            "model": [spec.fingerprint, spec.dtype],
-            "tolerance": tolerance,
-        }
-        target = self.search.notes.folder / f"learned-{key_of(recipe, made_from)}"
-        if not _is_whole(target):
+        known = made_from(recipe, task.tables, task.tables.named, spec) | {"tolerance": tolerance}
+        target = self.search.notes.folder / f"learned-{key_of(recipe, known)}"
+        made = whole_artifact(target, spec)
+        if made is None or made.manifest["training"]["interrupted"]:
+            shutil.rmtree(target, ignore_errors=True)
             options = Options(problem_type=task.member.problem_type, tolerance=tolerance)
             manifest = learn(recipe, task.member.files, target, self.backbones, Quiet(), options)
             if manifest["training"]["interrupted"]:
@@ -152,12 +149,6 @@ class _Release:
                 raise KeyboardInterrupt
         self.search.watcher.advance(1)
         return target
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether an artifact is there, of a training that was not interrupted."""
-    path = folder / MANIFEST
-    return path.is_file() and not json.loads(path.read_text("utf-8"))["training"]["interrupted"]
 
 
 def _described(search: Search, states: Sequence[tuple[str, State]], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -47,5 +47,13 @@ def parsed(line: bytes) -> Iterator[Row]:
         yield row
 
 
+def time_of(row: Row) -> float | None:
+    """Seconds since the epoch; None where the row is damaged."""
+    try:
+        return datetime.fromisoformat(row["time"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
 def to_time(moment: datetime) -> str:
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"

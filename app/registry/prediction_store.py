@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from app.errors import SettingsError, UnavailableError
 from app.registry.durable import write_durably
 from app.registry.places import open_place, reaching, without_user
-from app.registry.prediction_lines import Row, find_lines
+from app.registry.prediction_lines import Row, find_lines, time_of
 from app.registry.prediction_parts import PartName, create_locked, left_alone
 
 logger = logging.getLogger(__name__)
@@ -360,10 +359,8 @@ def _ended_s(name: PartName) -> float:
 
 def _is_within(row: Row, since_s: float, until_s: float) -> bool:
     """A row whose time is damaged stays: nothing says that it is not meant."""
-    try:
-        return since_s <= datetime.fromisoformat(row["time"]).timestamp() <= until_s
-    except (KeyError, TypeError, ValueError):
-        return True
+    at_s = time_of(row)
+    return at_s is None or since_s <= at_s <= until_s
 
 
 def _count_lines(path: Path) -> int:

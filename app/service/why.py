@@ -10,12 +10,11 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from app.domain import DEFAULT_THRESHOLD, ProblemType
 from app.errors import MalformedError, NotFoundError, OverloadedError, UnavailableError
-from app.registry.prediction_lines import Row
+from app.registry.prediction_lines import Row, time_of
 from app.registry.prediction_store import Found, PredictionStore
 from app.rollout import AuditEntry, State
 from app.service.catalog import Catalog
@@ -199,26 +198,19 @@ def _first_times(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
     times: dict[tuple[str, int], float] = {}
     for row in rows:
         key = _traffic_key(row)
-        times[key] = min(times.get(key, math.inf), _at_s(row))
+        at_s = time_of(row)
+        times[key] = min(times.get(key, math.inf), math.inf if at_s is None else at_s)
     return times
-
-
-def _at_s(row: Row) -> float:
-    """Infinity where a damaged row does not tell."""
-    try:
-        return datetime.fromisoformat(row["time"]).timestamp()
-    except (KeyError, TypeError, ValueError):
-        return math.inf
 
 
 def _traffic_then(audits: _Audits, task: str, generation: int, at_s: float) -> TrafficThen:
     """What was put after the answer is of another index, which took this one's place: its generations began anew."""
-    entries = audits.of(task)
+    entries = [entry for entry in audits.of(task) if entry.generation <= generation]
     earlier = [entry for entry in entries if entry.at <= at_s + _CLOCKS_S]
     for entry in reversed(earlier):
-        if entry.generation <= generation and (traffic := _traffic_after(entry, task)) is not None:
+        if (traffic := _traffic_after(entry, task)) is not None:
             return TrafficThen(task, generation, traffic, _deed(entry))
-    if any(entry.generation <= generation for entry in entries[len(earlier) :]):
+    if len(earlier) < len(entries):
         audits.gaps.append(f"the index is younger than the answer: what traffic {task} had then is not known")
     return TrafficThen(task, generation, None, None)
 

@@ -107,7 +107,7 @@ class Metrics:
             "Answers of task versions, by why they were asked and whether they succeeded.",
             ("task", "version", "arm", "outcome"),
         )
-        self._told: set[tuple[str, int, str]] = set()  # task, version and arm that have series
+        self._arms_seen: set[tuple[str, int, str]] = set()  # task, version, arm
         self._disagreements = counter(
             "manifold_arm_disagreement_total",
             "Texts on which the champion and a version beside it gave different answers.",
@@ -150,8 +150,8 @@ class Metrics:
         self._rejected.labels(reason).inc()
 
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
-        if (task, version, arm) not in self._told:
-            self._told.add((task, version, arm))
+        if (task, version, arm) not in self._arms_seen:
+            self._arms_seen.add((task, version, arm))
             self._predictions.labels(task, str(version), arm, "failure")
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
 
@@ -289,7 +289,8 @@ class Metrics:
     def forget(self, task: str, version: int) -> None:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""
         labels = {"task": task, "version": str(version)}
-        self._told = {told for told in list(self._told) if told[:2] != (task, version)}  # others add to it meanwhile
+        seen = list(self._arms_seen)  # at once: others add to it meanwhile
+        self._arms_seen = {arm for arm in seen if arm[:2] != (task, version)}
         self._predictions.remove_by_labels(labels)
         self._device_time.remove_by_labels(labels)
         self.no_scores(task, version)
