@@ -148,6 +148,7 @@ class Follower:
                     log_changes(self._index.audit, before.generation, view.generation, pulse.audit_count)
             else:
                 self._retry()
+            self._forget_late()
             self._followed, self._is_whole = view, True
             self._mark = (pulse.index_id, pulse.generation, pulse.changed_at_s)
             return True
@@ -325,6 +326,17 @@ class Follower:
         self._metrics.forget(version.task, version.version)
         if is_last:
             self._metrics.forget_task(version.task)
+
+    def _forget_late(self) -> None:
+        """What a request counted that had pinned its version, and ended after that was let go."""
+        late = self._metrics.counted  # read first: what is loaded meanwhile is resident before it is counted
+        own = self._own.version
+        resident = self._residents.versions | {(own.task, own.version)}
+        tasks = {task for task, _ in resident}
+        for task, version in late - resident:
+            self._metrics.forget(task, version)
+            if task not in tasks:
+                self._metrics.forget_task(task)
 
     # -- failures ------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,12 @@ class Residents:
                 self.others.move_to_end(digest)
             return self.live.get(digest) or self.others.get(digest)
 
+    @property
+    def versions(self) -> set[tuple[str, int]]:
+        """(task, version) of all that is loaded."""
+        with self.lock:
+            return {(r.version.task, r.version.version) for r in (*self.live.values(), *self.others.values())}
+
     def keep(self, resident: Resident) -> None:
         """Among the others, unless it is live."""
         with self.lock:

@@ -204,6 +204,7 @@ class Metrics:
             "The device's time that a task version used: its part of each batch, by rows x tokens.",
             ("task", "version"),
         )
+        self._timed: set[tuple[str, int]] = set()  # task, version
 
     def staged(self, stage: str, duration_s: float) -> None:
         self._stages.labels(stage).observe(duration_s)
@@ -221,6 +222,7 @@ class Metrics:
         for (task, version), share in report.shares.items():
             if version == 0:  # it is being checked, and not live yet
                 continue
+            self._timed.add((task, version))
             self._passes.labels(task).inc(share * report.passes)
             self._device_time.labels(task, str(version)).inc(share * report.forward_s)
 
@@ -292,9 +294,16 @@ class Metrics:
         seen = list(self._arms_seen)  # at once: others add to it meanwhile
         self._arms_seen = {arm for arm in seen if arm[:2] != (task, version)}
         self._predictions.remove_by_labels(labels)
+        self._timed.discard((task, version))
         self._device_time.remove_by_labels(labels)
         self.no_scores(task, version)
         self.no_drift(task, version)
+
+    @property
+    def counted(self) -> set[tuple[str, int]]:
+        """(task, version) of all whose answers, or time, are counted."""
+        arms, timed = list(self._arms_seen), list(self._timed)  # at once: others add to them meanwhile
+        return {(task, version) for task, version, _ in arms} | set(timed)
 
     def forget_task(self, task: str) -> None:
         """Drops what was counted of a task as a whole. To be called once none of its versions is loaded any more."""

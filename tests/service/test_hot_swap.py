@@ -240,6 +240,26 @@ def test_what_was_counted_of_a_task_goes_with_its_last_version(spam: World) -> N
     assert counted <= series("spam")
 
 
+def test_what_ends_behind_its_versions_eviction_is_not_counted_for_ever(spam: World) -> None:
+    def counted() -> set[tuple[str, str]]:
+        text = spam.metrics.render()[0].decode()
+        return set(re.findall(r'task="(\w+)",version="(\d+)"', text))
+
+    spam.follower = spam.restarted(most_others=1)
+    spam.begin()
+    (own,) = spam.follower.catalog.snapshot.representations.values()
+    for seed in (2, 3):
+        spam.promote("spam", spam.publish("spam", seed))
+        spam.follower.sync()
+    for name, version in ((own.task, own.version), ("spam", 1), ("spam", 2), ("spam", 3)):  # 1 is evicted by now
+        spam.metrics.predicted(name, version, "pinned", "success")
+    spam.metrics.ran(BatchReport(1, 9, 0.0, 0.0, 0.0, {("spam", 1): 0.5, ("gone", 4): 0.5}, passes=1.0))
+    assert {("spam", "1"), ("gone", "4")} <= counted()
+    spam.follower.sync()
+    assert counted() == {("spam", "2"), ("spam", "3"), (own.task, str(own.version))}
+    assert 'task="gone"' not in spam.metrics.render()[0].decode()
+
+
 def test_only_what_changed_is_built_again(spam: World) -> None:
     spam.promote("topic", spam.publish("topic", seed=7))
     spam.follower.sync()
