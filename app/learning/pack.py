@@ -610,6 +610,6 @@ def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> None:
         "backbone": {"fingerprint": spec.fingerprint},
     }
     shutil.rmtree(path, ignore_errors=True)  # of an earlier run, and broken
-    with writer.new_folder(path) as folder:
+    with writer.new_folder(path, "--work") as folder:
         writer.write_tensors(folder, {PROMPT: flat})
         writer.write_manifest(folder, manifest)

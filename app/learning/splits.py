@@ -131,7 +131,7 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class Contradictions:
-    count: int  # rows whose text train has with another answer too
+    count: int  # rows whose text stands there with another answer too
     lines: tuple[tuple[int, int], ...]  # of the first pairs
 
 
@@ -157,7 +157,7 @@ class Findings:
     rows: dict[str, int]
     overlaps: dict[str, Overlap]  # with train's file; not of train
     in_dev: Overlap  # of test with a dev file
-    contradictions: Contradictions  # in train's file
+    contradictions: dict[str, Contradictions]  # within each file
     unopened: Unopened  # in train's file
     unreadable: dict[str, LeftOut]
 
@@ -173,12 +173,13 @@ class Findings:
         found += [self._overlapping(name, "train", overlap) for name, overlap in self.overlaps.items() if overlap.count]
         if self.in_dev.count:
             found.append(self._overlapping("test", "dev", self.in_dev))
-        if self.contradictions.count:
-            first, second = self.contradictions.lines[0]
-            found.append(
-                f"{self.contradictions.count} rows of {self.files['train']} share a text and differ in their answers "
-                f"(first lines {first} and {second}): settle which is right"
-            )
+        for name, contradictions in self.contradictions.items():
+            if contradictions.count:
+                first, second = contradictions.lines[0]
+                found.append(
+                    f"{contradictions.count} rows of {self.files[name]} share a text and differ in their answers "
+                    f"(first lines {first} and {second}): settle which is right"
+                )
         if self.unopened.count:
             found.append(
                 f"{self.unopened.count} rows of {self.files['train']} begin a span with I, not B "
@@ -203,15 +204,18 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
     train = whole or tables["train"]
     others = {name: table for name, table in tables.items() if name != "train"}
     compared = others if whole is None else {name: table for name, table in others.items() if name != "dev"}
-    groups = _same_texts(train.examples)
-    known = {_identity(train.examples[group[0]].text) for group in groups}
+    groups = {name: _same_texts(table.examples) for name, table in {"train": train, **compared}.items()}
+    known = {_identity(train.examples[group[0]].text) for group in groups["train"]}
     in_dev = {_identity(text) for text in compared["dev"].texts} if {"dev", "test"} <= compared.keys() else set()
     return Findings(
         files={name: table.name for name, table in tables.items()},
         rows={name: len(table.examples) for name, table in tables.items()},
         overlaps={name: _overlap(table, known) for name, table in compared.items()},
         in_dev=_overlap(compared["test"], in_dev) if in_dev else Overlap(0, ()),
-        contradictions=_contradictions(train.examples, groups),
+        contradictions={
+            name: _contradictions((train if name == "train" else compared[name]).examples, same)
+            for name, same in groups.items()
+        },
         unopened=_unopened(train),
         unreadable={name: _left_out(table) for name, table in tables.items()},
     )

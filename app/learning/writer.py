@@ -31,10 +31,11 @@ _NUMBERS = re.compile(r"\[\n[-\d.eE+,\s]*\]")  # of numbers; no text matches: JS
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
     """A hidden folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    An artifact that was at `out` is replaced. Raises SettingsError where something else is there.
+    An artifact that was at `out` is replaced. `option`: by which the user names another folder. Raises SettingsError
+    where something else is there.
     """
     out = out.absolute()
     check_out(out)
@@ -50,7 +51,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         advice = "make room there, or name another folder" if error.errno == errno.ENOSPC else "name another folder"
         reason = error.strerror or error
-        raise DataError(f"the artifact cannot be written to {out.parent}: {reason}; {advice} with --out") from error
+        raise DataError(f"the artifact cannot be written to {out.parent}: {reason}; {advice} with {option}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -162,7 +162,7 @@ def test_a_part_split_off_for_dev_still_counts_as_train() -> None:
         found = findings({"train": train, "dev": dev, "test": replace(whole, name="test.tsv")}, whole)
         assert found.overlaps.keys() == {"test"} and found.in_dev.count == 0
         assert found.overlaps["test"].count == len(whole.examples)
-        assert found.contradictions.count == 6
+        assert found.contradictions["train"].count == 6
 
 
 def test_texts_of_test_that_a_dev_file_has_too() -> None:
@@ -189,16 +189,26 @@ def test_a_pair_is_the_same_where_both_texts_are() -> None:
 
 def test_rows_of_train_that_contradict_each_other() -> None:
     found = findings({"train": table(("x", "a"), ("y", "a"), ("X", "a"), ("x", "b"), ("y", "a"), ("z", "b"))})
-    assert found.contradictions.count == 3
-    assert found.contradictions.lines == ((2, 5),)
+    assert found.contradictions["train"].count == 3
+    assert found.contradictions["train"].lines == ((2, 5),)
     (sentence,) = found.sentences()
     assert sentence.startswith("3 rows of train.tsv share a text and differ in their answers (first lines 2 and 5)")
+
+
+def test_rows_of_dev_and_test_that_contradict_each_other() -> None:
+    good, bad = table(("x", "a"), ("y", "b")), table(("v", "a"), ("w", "b"), ("v", "b"))
+    tables = {"train": good, "dev": replace(bad, name="dev.tsv"), "test": replace(good, name="test.tsv")}
+    found = findings(tables)
+    assert {name: c.count for name, c in found.contradictions.items()} == {"train": 0, "dev": 2, "test": 0}
+    assert "2 rows of dev.tsv share a text and differ in their answers (first lines 2 and 4)" in found.sentences()[-1]
+    split_off = findings({"train": good, "dev": bad}, whole=bad)
+    assert {name: c.count for name, c in split_off.contradictions.items()} == {"train": 2}, "dev is a part of that file"
 
 
 def test_scores_that_differ_contradict() -> None:
     examples = tuple(Example(TextInput("x"), line, score=line) for line in (2, 3))
     scored = Table("train.tsv", "", ProblemType.REGRESSION, InputKind.TEXT, examples)
-    assert findings({"train": scored}).contradictions.count == 2
+    assert findings({"train": scored}).contradictions["train"].count == 2
 
 
 def test_tags_that_begin_a_span_with_its_inside_are_told() -> None:
