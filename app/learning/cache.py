@@ -1,6 +1,6 @@
 """What is frozen, computed once: the states of every text after the layers that are read, and where a prefix begins.
 
-Texts lie end to end in flat tensors `[tokens of all texts, d]` in half precision; batches are gathered from them.
+Different texts lie end to end in flat tensors `[tokens, d]` in half precision; batches are gathered from them.
 Tensors too large for memory lie in unnamed files, which end with the process.
 Knows encodings and the backbone; nothing of labels or heads.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from app.domain import Encoding
-from app.engine.backbone import Backbone
+from app.engine.backbone import Backbone, cores
 from app.errors import DataError
 from app.learning.rows import LayerPrefix, positions, run_layers
 
-MAX_BYTES = 4 * 10**9  # of one cache in memory
+MAX_BYTES = 4 * 10**9  # of all caches in memory; of a process that has a part of the cores, that part of it
 _BATCH_TOKENS = 4096
 _STORED = torch.float16
+_held: dict[int, int] = {}  # bytes of each tensor that is in memory, by its id
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +59,10 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateCache:
-    starts: Tensor  # [texts], each text's first flat row
+    starts: Tensor  # [texts], each text's first flat row; the same for equal texts
     lengths: Tensor  # [texts]
-    reads: dict[int, Tensor]  # layer → [all tokens, d]
-    fork: Tensor | None  # [all tokens, d]
+    reads: dict[int, Tensor]  # layer → [tokens, d]
+    fork: Tensor | None  # [tokens, d]
 
     def __len__(self) -> int:
         return int(self.lengths.shape[0])
@@ -92,35 +94,54 @@ def build_cache(
     max_bytes: int | None = None,
     begin: tuple[int, Tensor] | None = None,
 ) -> StateCache:
-    """Run every text once. `advance` is told of texts done.
+    """Run every text once, one that stands there several times too: it has its states in one place. Not so texts of
+    words, of which each token has a tag. `advance` is told of texts done.
 
-    `begin`: (layers passed, states [all tokens, d]) of an earlier run to go on from; None: from the embeddings.
-    States of more than `max_bytes` (None: MAX_BYTES) go to files. Raises DataError where the disk lacks room for them.
+    `begin`: (layers passed, states [tokens, d]) of an earlier run to go on from; None: from the embeddings.
+    States that would make it more than `max_bytes` (None: MAX_BYTES) in memory, those of other caches that are still
+    there with them, go to files. Raises DataError where the disk lacks room for them.
     """
-    lengths = torch.tensor([len(encoding) for encoding in encodings])
+    firsts, owners = _distinct(encodings)
+    distinct, counts = [encodings[i] for i in firsts], owners.bincount()
+    lengths = torch.tensor([len(encoding) for encoding in distinct])
     starts = lengths.cumsum(0) - lengths
     total, width = int(lengths.sum()), backbone.spec.hidden_size
     kept = {*plan.cached_reads} | ({plan.fork_layer} if plan.fork_layer is not None else set())
-    flat = _flat_tensors(kept, total, width, MAX_BYTES if max_bytes is None else max_bytes)
+    flat = _flat_tensors(kept, total, width, _share() if max_bytes is None else max_bytes)
     for texts in _batches(lengths):
         batch = _gather(starts, lengths, texts)
-        for layer, states in _run(backbone, [encodings[i] for i in texts.tolist()], batch, plan, begin):
+        for layer, states in _run(backbone, [distinct[i] for i in texts.tolist()], batch, plan, begin):
             target = flat.get(layer)
             if target is not None:
                 seen = states if layer == plan.fork_layer else backbone.read_states(layer, states)
                 target[batch.index[batch.mask]] = seen[batch.mask.to(seen.device)].to("cpu", _STORED)
         if advance is not None:
-            advance(len(texts))
+            advance(int(counts[texts].sum()))
     fork = None if plan.fork_layer is None else flat[plan.fork_layer]
-    return StateCache(starts, lengths, {layer: flat[layer] for layer in plan.cached_reads}, fork)
+    return StateCache(starts[owners], lengths[owners], {layer: flat[layer] for layer in plan.cached_reads}, fork)
+
+
+def _distinct(encodings: Sequence[Encoding]) -> tuple[list[int], Tensor]:
+    """Where each text stands first, and for every text which of those it is, [texts]."""
+    firsts: list[int] = []
+    known: dict[object, int] = {}
+    owners: list[int] = []
+    for row, encoding in enumerate(encodings):
+        owner = known.setdefault(
+            row if encoding.word_ids else (encoding.input_ids, encoding.token_type_ids), len(firsts)
+        )
+        if owner == len(firsts):
+            firsts.append(row)
+        owners.append(owner)
+    return firsts, torch.tensor(owners, dtype=torch.long)
 
 
 def _flat_tensors(layers: Collection[int], total: int, width: int, max_bytes: int) -> dict[int, Tensor]:
-    """Layer → [all tokens, d], not yet filled."""
+    """Layer → [tokens, d], not yet filled."""
     size = total * width * _STORED.itemsize
     needed = size * len(layers)
-    if needed <= max_bytes:
-        return {layer: torch.empty(total, width, dtype=_STORED) for layer in layers}
+    if sum(_held.values()) + needed <= max_bytes:
+        return {layer: _in_memory(total, width) for layer in layers}
     try:
         return {layer: torch.frombuffer(_disk(size), dtype=_STORED).view(total, width) for layer in layers}
     except OSError as error:
@@ -129,6 +150,18 @@ def _flat_tensors(layers: Collection[int], total: int, width: int, max_bytes: in
             f"{tempfile.tempdir or 'any temporary folder'} ({error.strerror}): set TMPDIR to a folder with more room, "
             "or give fewer --read-layers"
         ) from error
+
+
+def _share() -> int:
+    """Of several runs beside one another each has some of the cores."""
+    return MAX_BYTES * min(torch.get_num_threads(), cores()) // cores()
+
+
+def _in_memory(total: int, width: int) -> Tensor:
+    tensor = torch.empty(total, width, dtype=_STORED)
+    _held[id(tensor)] = tensor.nbytes
+    weakref.finalize(tensor, _held.pop, id(tensor), None)
+    return tensor
 
 
 def _disk(size: int) -> mmap.mmap:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from app.engine.backbone import Backbone
+from app.engine.backbone import Backbone, cores
 from app.engine.tokenizer import TextTokenizer
 from app.learning import experiment_report
 from app.learning.experiment import Experiment, Sets, header
@@ -31,7 +31,7 @@ from app.learning.experiment_plan import (
     wide,
 )
 from app.learning.experiment_workers import Work, run_steps
-from app.learning.terminal import add_machine_arguments, backbones, cores, guarded
+from app.learning.terminal import add_machine_arguments, backbones, guarded
 
 _DESCRIPTION = """Run the experiment of Huang et al. 2023 (arXiv 2305.13499): prefixes of source tasks, trained
 independently and combined, against the bare encoder, single prefixes and multi-task training.

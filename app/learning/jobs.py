@@ -29,8 +29,8 @@ from rich.table import Table
 from rich.text import Text
 
 from app.engine.artifact import MANIFEST
+from app.engine.backbone import cores
 from app.errors import SettingsError
-from app.learning.terminal import cores
 
 # `env`, because OpenMP reads the policy when it is loaded: waiting threads of several processes must not spin.
 _CHILD = ("env", "OMP_WAIT_POLICY=PASSIVE", sys.executable, "-u", "-m", "app.learning.command")

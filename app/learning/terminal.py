@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,12 +23,6 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="of the frozen layers while training, default auto; figures are float32's"
     )
     group.add_argument("--threads", type=int, metavar="N", help="of one operator on a CPU; default torch's own choice")
-
-
-def cores() -> int:
-    """That this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def backbones(args: argparse.Namespace) -> tuple[Backbone, Backbone]:
@@ -89,7 +82,7 @@ class Screen:
 
     def epoch(self, epoch: Epoch, measure: str) -> None:
         mark = "  best so far" if epoch.is_best else ""
-        self._console.print(f"epoch {epoch.number:3}  loss {epoch.loss:.4f}  dev {measure} {epoch.dev:.4f}{mark}")
+        self._console.print(f"epoch {epoch.number:3g}  loss {epoch.loss:.4f}  dev {measure} {epoch.dev:.4f}{mark}")
         self.advance(1)
 
     def candidate(self, name: str, passes: float, dev: float, seconds: float) -> None:

@@ -7,6 +7,7 @@ import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from app.domain import Encoding
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError
+from app.learning import cache as cache_module
 from app.learning.cache import CachePlan, StateCache, build_cache, states_at
 from app.learning.rows import LayerPrefix, differentiable_attention, run_layers
 from app.learning.study import Files, Quiet, Study, Tables
@@ -78,6 +80,52 @@ def test_what_just_fits_stays_in_memory(backbone: Backbone, encodings: list[Enco
     spilled = build_cache(backbone, encodings, BARE, max_bytes=needed - 1)
     assert mapped_bytes(folder) > 0
     assert equal(kept, spilled)
+
+
+def test_a_text_that_stands_there_twice_is_run_once(backbone: Backbone, encodings: list[Encoding]) -> None:
+    told: list[int] = []
+    cache = build_cache(backbone, [*encodings, *encodings[::2]], PLAN, told.append)
+    assert cache.starts.tolist() == [*cache.starts[:40].tolist(), *cache.starts[:40:2].tolist()]
+    assert cache.fork is not None and len(cache.fork) == sum(map(len, encodings))
+    assert sum(told) == 60
+    once = build_cache(backbone, encodings, PLAN)
+    assert equal(cache.subset(torch.arange(40)), once) and torch.equal(cache.lengths[:40], once.lengths)
+
+
+def test_texts_of_words_have_states_of_their_own(backbone: Backbone, encodings: list[Encoding]) -> None:
+    """Equal ones may have different tags, token by token."""
+    worded = [replace(encoding, word_ids=tuple(range(len(encoding)))) for encoding in (*encodings, *encodings)]
+    cache = build_cache(backbone, worded, PLAN)
+    assert len(set(cache.starts.tolist())) == 80
+    assert cache.fork is not None and len(cache.fork) == sum(map(len, worded))
+
+
+def test_caches_that_are_there_together_share_what_may_lie_in_memory(
+    backbone: Backbone, encodings: list[Encoding], folder: Path
+) -> None:
+    needed = 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
+    first = build_cache(backbone, encodings, BARE, max_bytes=needed + 1)
+    second = build_cache(backbone, encodings, BARE, max_bytes=needed + 1)
+    assert mapped_bytes(folder) >= needed, "the first is still there"
+    assert equal(first, second)
+    del first, second
+    assert mapped_bytes(folder) == 0
+    third = build_cache(backbone, encodings, BARE, max_bytes=needed + 1)
+    assert mapped_bytes(folder) == 0 and len(third) == len(encodings), "what the first took is free again"
+
+
+def test_a_process_with_a_part_of_the_cores_has_that_part_of_the_memory(
+    backbone: Backbone, encodings: list[Encoding], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
+    monkeypatch.setattr(cache_module, "MAX_BYTES", needed)
+    monkeypatch.setattr(cache_module, "cores", torch.get_num_threads)
+    whole = build_cache(backbone, encodings, BARE)
+    assert mapped_bytes(folder) == 0
+    del whole
+    monkeypatch.setattr(cache_module, "cores", lambda: 2 * torch.get_num_threads())
+    part = build_cache(backbone, encodings, BARE)
+    assert mapped_bytes(folder) >= needed and len(part) == len(encodings)
 
 
 @contextmanager
