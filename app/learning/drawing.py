@@ -127,13 +127,13 @@ def reliability(bubbles: Sequence[Bubble]) -> str:
     return tostring(svg, encoding="unicode")
 
 
-def line(name: str, points: Sequence[tuple[int, float]], y_name: str, marked: int | None = None) -> str:
-    """One value an epoch; the epoch `marked` stands out. `name` is unique on the page."""
+def line(name: str, points: Sequence[tuple[float, float]], y_name: str, marked: float | None = None) -> str:
+    """Values by epochs done; the one at `marked` stands out. `name` is unique on the page."""
     points = [point for point in points if math.isfinite(point[1])]
     if not points:
         return ""
     width, height = 320.0, 210.0
-    low_x, high_x = _widened([float(number) for number, _ in points], 1.0)
+    low_x, high_x = _widened([number for number, _ in points], 1.0)
     low_y, high_y = _widened([value for _, value in points], 0.01)
     x = _Axis("epoch", low_x, high_x, _LEFT + 10, width - _RIGHT - 10, whole=True)
     y = _Axis(y_name, low_y, high_y, height - _BOTTOM - 8, _TOP + 8)

@@ -137,7 +137,7 @@ def learn(
     else:
         completed = study.completed(recipe)
         study.prepare([completed])  # and no more: what baselines read comes when the task is there
-        watcher.stage("training", recipe.epochs)
+        watcher.stage("training", study.num_looks(recipe))
         learned = _finish(study, study.fit(completed))
     learned = replace(learned, seconds=time.perf_counter() - began)
     baselines: dict[str, Baseline] = {}
@@ -206,7 +206,7 @@ def _searched(recipe: Recipe, study: Study, part: Study, options: Options) -> Le
     recipe = replace(found.candidate.recipe, epochs=recipe.epochs)
     try:
         study.prepare([recipe])
-        watcher.stage("training on all rows", recipe.epochs)
+        watcher.stage("training on all rows", study.num_looks(recipe))
         return _finish(study, study.fit(recipe), found)
     except KeyboardInterrupt:
         return _finish(part, found.fitted, replace(found, was_interrupted=True))

@@ -27,7 +27,7 @@ from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, lim
 from app.learning.problems import IGNORED, Scaling, num_outputs, targets_of
 from app.learning.recipe import Recipe
 from app.learning.splits import split_off_dev
-from app.learning.trainer import Epoch, Split, predict_logits, train
+from app.learning.trainer import Epoch, Split, num_rounds, predict_logits, train
 
 _Key = tuple[tuple[str, ...], int]  # digests of frozen prefixes, position offset
 _TRUNK: _Key = ((), 0)
@@ -201,6 +201,10 @@ class Study:
         fork = None if plan.fork_layer is None else states[plan.fork_layer]
         cache = StateCache(starts, lengths, {layer: states[layer] for layer in plan.cached_reads}, fork)
         return Split(cache, view.targets[name])
+
+    def num_looks(self, recipe: Recipe) -> int:
+        """At dev, of a fit that does not end early."""
+        return recipe.epochs * num_rounds(len(self.tables.train.examples), len(self.tables.dev.examples))
 
     def fit(self, recipe: Recipe, report: Callable[[Epoch, str], None] | None = None) -> Fitted:
         """Train a completed recipe; the epoch that is best on dev is kept."""

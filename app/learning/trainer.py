@@ -1,4 +1,7 @@
-"""The training loop: batches from cached states, AdamW with warm-up and linear decay, the best epoch on dev kept.
+"""The training loop: batches from cached states, AdamW with warm-up and linear decay, the best on dev kept.
+
+Dev is looked at behind each epoch; a long one is gone through in rounds, with a look behind each, so that an hour's
+work is neither lost to an interrupt nor done unseen.
 
 Knows models, caches and targets; nothing of files, texts or artifacts.
 """
@@ -6,7 +9,7 @@ Knows models, caches and targets; nothing of files, texts or artifacts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +27,8 @@ from app.learning.recipe import Recipe
 _POOL = 64  # batches whose texts are sorted by length together: little padding, and still a new mix every epoch
 _MAX_GRADIENT_NORM = 1.0
 _POOLED_ROWS = 256
+_ROUND_ROWS = 65_536  # a round has as many at least
+_ROUND_DEV = 4  # … and so many for each row of dev: a look costs a twelfth of the round at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,9 +62,9 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What is reported behind each epoch."""
+    """What is reported behind each epoch, or each round of a long one."""
 
-    number: int
+    number: float  # epochs done: 0.25 behind the first of four rounds
     loss: float
     dev: float
     is_best: bool
@@ -81,7 +86,7 @@ def train(
 ) -> list[Epoch]:
     """Train on the first split, choose the epoch on the second, leave the model with that epoch's parameters.
 
-    Ends early when `patience` epochs in a row bring nothing, or when the user interrupts it behind the first epoch.
+    Ends early when `patience` epochs in a row bring nothing, or when the user interrupts it behind the first look.
     """
     train_split, dev_split = splits
     recipe = model.recipe
@@ -94,18 +99,23 @@ def train(
         transitions = Chain.of(train_split.tagged, labels).transitions()
     weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
     shift = _shift(problem_type, weights)
+    rounds = num_rounds(len(train_split.cache), len(dev_split.cache))
+    batches: list[Tensor] = []
     epochs: list[Epoch] = []
     best = (-math.inf, -math.inf)
     kept: dict[str, Tensor] = {}
     try:
-        while len(epochs) < recipe.epochs and not _is_stalled(epochs, recipe.patience):
-            loss = _run_epoch(model, train_split, problem_type, optimizer, schedule, generator, weights)
+        while len(epochs) < recipe.epochs * rounds and not _is_stalled(epochs, recipe.patience * rounds):
+            if len(epochs) % rounds == 0:
+                batches = list(shuffled(train_split.lengths, recipe.batch_size, generator))
+            part = batches[len(epochs) % rounds :: rounds]
+            loss = _run(model, train_split, part, problem_type, optimizer, schedule, weights)
             logits, targets, counts = predict_logits(model, dev_split, problem_type)
             logits = logits - shift
             dev = dev_figure(problem_type, logits, targets, labels, counts, transitions, recipe.measure)
             dev_loss = float(loss_of(problem_type, logits, targets))
             is_best = (dev, -dev_loss) > best and math.isfinite(dev_loss)
-            epochs.append(Epoch(len(epochs) + 1, loss, dev, is_best, dev_loss))
+            epochs.append(Epoch(_whole((len(epochs) + 1) / rounds), loss, dev, is_best, dev_loss))
             if is_best:
                 best = epochs[-1].quality
                 kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -120,6 +130,15 @@ def train(
     model.out.bias.data -= shift.to(model.out.bias)
     model.eval()
     return epochs
+
+
+def num_rounds(train_rows: int, dev_rows: int) -> int:
+    """In which an epoch is gone through."""
+    return max(1, train_rows // max(_ROUND_ROWS, _ROUND_DEV * dev_rows))
+
+
+def _whole(number: float) -> float:
+    return int(number) if number.is_integer() else number
 
 
 def _shift(problem_type: ProblemType, weights: Tensor | None) -> Tensor:
@@ -137,19 +156,19 @@ def _is_stalled(epochs: Sequence[Epoch], patience: int) -> bool:
     return patience > 0 and len(epochs) > patience and not any(epoch.is_best for epoch in epochs[-patience:])
 
 
-def _run_epoch(
+def _run(
     model: TaskModel,
     split: Split,
+    batches: Iterable[Tensor],
     problem_type: ProblemType,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
     weights: Tensor | None,
 ) -> float:
-    """The epoch's mean loss."""
+    """A step for each of `batches` [rows]. Returns their mean loss."""
     model.train()
     losses = []
-    for texts in shuffled(split.lengths, model.recipe.batch_size, generator):
+    for texts in batches:
         batch = split.cache.gather(texts)
         chosen, targets = _select(split, batch, texts, problem_type)
         if targets.numel() == 0:

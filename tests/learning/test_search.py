@@ -18,7 +18,8 @@ from app.engine.artifact import read_artifact
 from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError
-from app.learning import reporting
+from app.learning import reporting, trainer
+from app.learning.cache import Gathered, StateCache
 from app.learning.compose import compose, usable
 from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Options, learn, with_enough_steps
@@ -36,7 +37,7 @@ from app.learning.search import (
     search,
 )
 from app.learning.study import Files, Fitted, Study, Tables
-from app.learning.trainer import Epoch
+from app.learning.trainer import Epoch, num_rounds
 from tests.learning import samples
 from tests.learning.test_learn import Silent, files_of, recipe
 
@@ -257,6 +258,45 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path: Path, backbone: Backbone) 
     files = files_of(tmp_path, samples.single_rows, count=60)
     manifest = learn(recipe(), files, tmp_path / "out", (backbone, backbone), watcher)
     assert manifest["training"]["interrupted"] is True and manifest["training"]["best_epoch"] <= 2
+    read_artifact(tmp_path / "out", backbone.spec)
+
+
+def test_only_long_epochs_are_gone_through_in_rounds_and_dev_costs_little() -> None:
+    assert num_rounds(3_911, 556) == num_rounds(100_000, 10_000) == 1
+    assert num_rounds(1_000_000, 1_000) == 15
+    assert num_rounds(900_000, 100_000) == 2
+
+
+def test_a_long_epoch_is_seen_in_rounds_and_an_interrupt_within_it_loses_little(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_ROUND_ROWS", 20)
+    monkeypatch.setattr(trainer, "_ROUND_DEV", 0)
+    files = files_of(tmp_path, samples.single_rows, count=80)
+    study = study_of(files, backbone)
+    chosen = study.completed(recipe(epochs=2, batch_size=4))
+    gathered: list[int] = []
+    before = StateCache.gather
+
+    def gather(cache: StateCache, texts: torch.Tensor) -> Gathered:
+        gathered.extend(texts.tolist() if len(cache) == 80 else [])
+        return before(cache, texts)
+
+    monkeypatch.setattr(StateCache, "gather", gather)
+    fitted = study.fit(chosen)
+    assert [epoch.number for epoch in fitted.epochs] == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
+    assert study.num_looks(chosen) == 8
+    assert sorted(gathered) == sorted([*range(80)] * 2), "every row once an epoch"
+
+    watcher = Silent()
+
+    def stop(epoch: Epoch, measure: str) -> None:
+        if epoch.number == 0.5:
+            raise KeyboardInterrupt
+
+    watcher.epoch = stop  # type: ignore[method-assign]
+    manifest = learn(recipe(), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert manifest["training"]["interrupted"] is True and manifest["training"]["best_epoch"] in (0.25, 0.5)
     read_artifact(tmp_path / "out", backbone.spec)
 
 
