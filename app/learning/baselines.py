@@ -46,6 +46,20 @@ class Baseline:
     seconds: float
 
 
+def stated_baselines(manifest: Mapping[str, Any], data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Those that the manifest of an earlier version has, if it was measured on the same rows; else none.
+
+    `data`: what a manifest says of tables, by their names.
+    """
+    before = manifest.get("data") or {}
+    is_same = all(name in before and _rows(before[name]) == _rows(told) for name, told in data.items())
+    return dict(manifest.get("baselines") or {}) if is_same else {}
+
+
+def _rows(told: Mapping[str, Any]) -> tuple[object, object]:
+    return told.get("sha256"), told.get("rows")
+
+
 def text_baselines(
     train: Table, dev: Table, test: Table | None, labels: tuple[str, ...], measure: str = ""
 ) -> dict[str, Callable[[], Baseline]]:

@@ -292,7 +292,8 @@ def _refit(
             [f"{tables.train.name} is not the file that {head.task} was learned from: figures change with it"]
         )
     before = figures(head.artifact, tables, backbones[1], head.artifact.manifest.get("thresholds") or [])
-    manifest = learn(recipe, head.files, folder / head.task, backbones, watcher, Options(problem_type=kind))
+    options = Options(problem_type=kind, earlier=head.artifact.manifest)
+    manifest = learn(recipe, head.files, folder / head.task, backbones, watcher, options)
     if manifest["training"]["interrupted"]:
         raise KeyboardInterrupt
     after = manifest["evaluation"]

@@ -28,6 +28,7 @@ from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
 from app.errors import SettingsError
 from app.learning import evaluation, reporting, writer
+from app.learning.baselines import stated_baselines
 from app.learning.cache import CachePlan, build_cache
 from app.learning.combine import check_answers, figures, measure_of, recipe_of, scores, stored_prefixes
 from app.learning.learn import Files, Options, learn
@@ -205,6 +206,7 @@ class _Work:
         limit = exact.spec.max_tokens - manifest["position_offset"]
         measured = {name: described(table, limit) for name, table in self.tables.named.items() if name != "train"}
         manifest["data"] = (manifest.get("data") or {}) | measured
+        manifest["baselines"] = stated_baselines(self.artifact.manifest, measured)
         manifest["compressed"] = story | {"before": before}
         manifest["prefixes"] = [{name: value for name, value in manifest["prefixes"][0].items() if name != "task"}]
         writer.write_manifest(folder, manifest)
@@ -230,7 +232,6 @@ class _Work:
             "prefixes": entries,
             "position_offset": position_offset([prefix]),
             "thresholds": [],
-            "baselines": {},
         }
         head = HeadKind(manifest["head"]["kind"])
         # A regression's last layer holds the data's own units, which may be large and close together.

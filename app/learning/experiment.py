@@ -215,7 +215,7 @@ class Experiment:
             return outcome, fitted
         num_tokens = sum(map(len, study.texts("train")[0]))
         trunk = recipe.first_layer / self.backbone.spec.num_layers
-        tokens = round(num_tokens * (trunk + len(fitted.epochs) * (1 - trunk)))
+        tokens = round(num_tokens * (trunk + fitted.epochs[-1].number * (1 - trunk)))
         return replace(outcome, num_parameters=prefix.numel(), tokens=tokens), fitted
 
     def _full(self, study: Study, task: str, seed: int) -> Outcome:

@@ -23,7 +23,7 @@ from app.engine.heads import head_tensor_names
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError, TokenizationError
 from app.learning import evaluation, reporting, writer
-from app.learning.baselines import Baseline
+from app.learning.baselines import stated_baselines
 from app.learning.calibration import fit_temperature
 from app.learning.chain import Chain
 from app.learning.compose import compose
@@ -56,6 +56,7 @@ class Options:
     compose: bool = False  # choose among tuples of the pool's prefixes instead
     tolerance: float = 0.005  # of dev score that a cheaper arrangement may lose
     baselines: bool = False  # the cheap ones
+    earlier: Mapping[str, Any] | None = None  # manifest of a version, whose baselines stand where the rows are the same
     finetuning: FinetuneSettings | None = None  # of the whole backbone, as the ceiling
     raise_epochs: bool = False  # where rows are few, for enough steps
     golden: Path | None = None  # inputs for the golden examples; None: rows of dev
@@ -140,10 +141,11 @@ def learn(
         watcher.stage("training", study.num_looks(recipe))
         learned = _finish(study, study.fit(completed))
     learned = replace(learned, seconds=time.perf_counter() - began)
-    baselines: dict[str, Baseline] = {}
+    baselines = _stated(options.earlier or {}, learned)
     if (options.baselines or options.finetuning) and not learned.was_interrupted:
-        baselines, was_interrupted = reporting.baselines(study, recipe, options.baselines, options.finetuning)
+        found, was_interrupted = reporting.baselines(study, recipe, options.baselines, options.finetuning)
         learned = replace(learned, was_interrupted=was_interrupted)
+        baselines |= {name: baseline.figures for name, baseline in found.items()}
 
     def write(learned: Learned, measured: Mapping[str, Table]) -> dict[str, Any]:
         with writer.new_folder(out) as folder:
@@ -158,6 +160,12 @@ def learn(
             ["interrupted: the task is written with the figures of dev alone; another interrupt abandons it"]
         )
     return write(replace(learned, was_interrupted=True), {"dev": tables.dev})
+
+
+def _stated(earlier: Mapping[str, Any], learned: Learned) -> dict[str, Any]:
+    """The seed says which rows a dev part has that is split off."""
+    same_seed = (earlier.get("training") or {}).get("seed") == learned.recipe.seed
+    return stated_baselines(earlier, _data(learned)) if same_seed else {}
 
 
 def _check_readable(tokenizer: TextTokenizer, golden: list[TextInput], name: Path | None, spec: BackboneSpec) -> None:
@@ -316,7 +324,7 @@ def _write(
     exact: Backbone,
     watcher: Watcher,
     measured: Mapping[str, Table],
-    baselines: Mapping[str, Baseline],
+    baselines: Mapping[str, Any],
     golden: list[TextInput],
 ) -> tuple[dict[str, Any], dict[str, Scored]]:
     """Write the artifact with what the engine measures of it on `measured`: dev, and test where it is wanted.
@@ -336,7 +344,7 @@ def _write(
             "evaluation": {n: evaluation.figures(s, tables.labels, thresholds) for n, s in scored.items()}
             | {"measure": learned.recipe.measure},
             "details": {n: evaluation.details(s, tables.labels, thresholds) for n, s in scored.items()},
-            "baselines": {name: baseline.figures for name, baseline in baselines.items()},
+            "baselines": dict(baselines),
             "score_baseline": evaluation.score_baseline(
                 artifact.version(0), scored["dev"], tokenizer.unknown_id, thresholds
             ),
@@ -408,5 +416,9 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
         },
         "search": [] if learned.found is None else [_point(point) for point in learned.found.points],
         "search_sample": {} if learned.sample is None else {n: rows for n, (rows, _) in asdict(learned.sample).items()},
-        "data": {name: described(table, learned.limit_tokens) for name, table in tables.named.items()},
+        "data": _data(learned),
     }
+
+
+def _data(learned: Learned) -> dict[str, Any]:
+    return {name: described(table, learned.limit_tokens) for name, table in learned.tables.named.items()}

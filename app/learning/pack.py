@@ -89,6 +89,7 @@ class Live:
     path: Path
     version: TaskVersion
     rows: int  # that it learned from
+    manifest: Mapping[str, Any]
     figures: dict[str, float]  # by table, on all its rows
     dev: float  # on the search's dev rows
 
@@ -271,7 +272,7 @@ def _measure_live(task: Task, path: Path, artifact: Artifact, engine: Engine, to
         if name == "dev":
             dev = _figure(task, _part(scored, task), version)
     rows = artifact.manifest.get("data", {}).get("train", {}).get("rows", len(tables.train.examples))
-    return Live(path, version, rows, figures, dev)
+    return Live(path, version, rows, artifact.manifest, figures, dev)
 
 
 def _part(scored: Scored, task: Task) -> Scored:

@@ -142,7 +142,8 @@ class _Release:
         made = whole_artifact(target, spec)
         if made is None or made.manifest["training"]["interrupted"]:
             shutil.rmtree(target, ignore_errors=True)
-            options = Options(problem_type=task.member.problem_type, tolerance=tolerance)
+            earlier = None if task.live is None else task.live.manifest
+            options = Options(problem_type=task.member.problem_type, tolerance=tolerance, earlier=earlier)
             manifest = learn(recipe, task.member.files, target, self.backbones, Quiet(), options)
             if manifest["training"]["interrupted"]:
                 shutil.rmtree(target)

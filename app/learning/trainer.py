@@ -115,7 +115,8 @@ def train(
             dev = dev_figure(problem_type, logits, targets, labels, counts, transitions, recipe.measure)
             dev_loss = float(loss_of(problem_type, logits, targets))
             is_best = (dev, -dev_loss) > best and math.isfinite(dev_loss)
-            epochs.append(Epoch(_whole((len(epochs) + 1) / rounds), loss, dev, is_best, dev_loss))
+            number = (len(epochs) + 1) / rounds
+            epochs.append(Epoch(int(number) if number.is_integer() else round(number, 3), loss, dev, is_best, dev_loss))
             if is_best:
                 best = epochs[-1].quality
                 kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -135,10 +136,6 @@ def train(
 def num_rounds(train_rows: int, dev_rows: int) -> int:
     """In which an epoch is gone through."""
     return max(1, train_rows // max(_ROUND_ROWS, _ROUND_DEV * dev_rows))
-
-
-def _whole(number: float) -> float:
-    return int(number) if number.is_integer() else number
 
 
 def _shift(problem_type: ProblemType, weights: Tensor | None) -> Tensor:

@@ -230,6 +230,20 @@ def test_a_prefix_is_replaced_and_its_heads_are_fitted_again(world: World, backb
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_baselines_stay_where_the_rows_are_the_same(world: World, backbone: Backbone, tmp_path: Path) -> None:
+    """They know nothing of prefixes."""
+    shutil.copytree(world / "mood", tmp_path / "mood")
+    stated = {"majority": {"dev": {"accuracy": 0.5, "rows": 60}, "test": {"accuracy": 0.4, "rows": 60}}}
+    (tmp_path / "mood/manifest.json").write_text(json.dumps(manifest_of(world / "mood") | {"baselines": stated}))
+    given = {"heads": [tmp_path / "mood"]}
+    replaced(world, backbone, tmp_path / "same", **given)
+    assert manifest_of(tmp_path / "same/mood")["baselines"] == stated
+    assert "Against the baselines" in (tmp_path / "same/mood/report.html").read_text()
+    other = Files(world.files.train, world.files.test, world.files.dev)
+    replaced(world, backbone, tmp_path / "other", files={"mood": other}, **given)
+    assert manifest_of(tmp_path / "other/mood")["baselines"] == {}
+
+
 def test_the_heads_in_a_folder_are_those_that_read_it(world: World, backbone: Backbone, tmp_path: Path) -> None:
     shutil.copytree(world.root, tmp_path / "served")
     (tmp_path / "served" / "trunk" / "manifest.json").write_text("{")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,19 @@ def test_the_manifest_says_what_it_came_from_and_what_was_lost(root: Path, backb
     assert (tmp_path / "out/adapter_config.json").is_file()
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["num_virtual_tokens"] == 3
     assert str(root) not in json.dumps(manifest)
+
+
+def test_baselines_stay_where_the_rows_are_the_same(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    shutil.copytree(root / "full", tmp_path / "full")
+    manifest = json.loads((root / "full/manifest.json").read_text())
+    stated = {"majority": {"dev": {"accuracy": 0.5, "rows": 60}}}
+    (tmp_path / "full/manifest.json").write_text(json.dumps(manifest | {"baselines": stated}))
+    for name in ("train", "dev", "test"):
+        shutil.copy(root / f"{name}.tsv", tmp_path)
+    smaller = {"tokens": 3, "tolerance": 1.0}
+    assert compressed(tmp_path, "full", tmp_path / "same", backbone, **smaller)["baselines"] == stated
+    shutil.copy(root / "test.tsv", tmp_path / "dev.tsv")
+    assert compressed(tmp_path, "full", tmp_path / "other", backbone, **smaller)["baselines"] == {}
 
 
 def test_without_dev_rows_of_its_own_only_the_part_that_the_task_did_not_see_will_do(

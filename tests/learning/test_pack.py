@@ -25,7 +25,7 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError
 from app.learning import evaluation, pack_command
 from app.learning.data import read_table
-from app.learning.learn import Files, learn
+from app.learning.learn import Files, Options, learn
 from app.learning.pack import Limits, Member
 from app.learning.recipe import Recipe
 from app.learning.release import propose
@@ -139,7 +139,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone, short_t
     learn(
         recipe("plain", **STRONG | {"num_virtual_tokens": 0}), files["plain"], root / "live" / "plain", both, Silent()
     )
-    learn(recipe("mood", **WEAK, first_layer=0), files["mood"], root / "live" / "mood", both, Silent())
+    mood = recipe("mood", **WEAK, first_layer=0)
+    learn(mood, files["mood"], root / "live" / "mood", both, Silent(), Options(baselines=True))
     watcher = Silent()
     release = propose(members, root / "live", root / "out", both, watcher, Limits(TOLERANCE, MAX_PASSES))
     return Packed(root / "out", root / "live", files, release, watcher)
@@ -202,6 +203,12 @@ def test_a_task_that_stays_gets_no_new_version(packed: Packed) -> None:
     found = sorted(path.name for path in packed.folder.iterdir())
     assert found == ["RELEASE.md", "curve.svg", "mood", "pair", "release.json", "twin"]
     assert (packed.folder / "mood" / "report.html").is_file()
+
+
+def test_baselines_stay_as_the_rows_do(packed: Packed, backbone: Backbone) -> None:
+    before = read_artifact(packed.live / "mood", backbone.spec).manifest["baselines"]
+    assert before and packed.artifact(backbone, "mood").manifest["baselines"] == before
+    assert packed.artifact(backbone, "twin").manifest["baselines"] == {}, "nothing was measured of it"
 
 
 def test_its_files_say_what_it_returns(packed: Packed) -> None:
