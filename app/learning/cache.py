@@ -18,14 +18,33 @@ import torch
 from torch import Tensor
 
 from app.domain import Encoding
-from app.engine.backbone import Backbone, cores
+from app.engine.backbone import Backbone
 from app.errors import DataError
 from app.learning.rows import LayerPrefix, positions, run_layers
 
-MAX_BYTES = 4 * 10**9  # of all caches in memory; of a process that has a part of the cores, that part of it
+MAX_BYTES = 4 * 10**9
 _BATCH_TOKENS = 4096
 _STORED = torch.float16
-_held: dict[int, int] = {}  # bytes of each tensor that is in memory, by its id
+
+
+class Memory:
+    """What of all states of this process lies in memory; more goes to files. Not for several threads."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._held: dict[int, int] = {}  # bytes of each tensor, by its id
+
+    def has_room(self, size_bytes: int) -> bool:
+        return sum(self._held.values()) + size_bytes <= self.max_bytes
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Until nobody has it any more."""
+        self._held[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, self._held.pop, id(tensor), None)
+        return tensor
+
+
+MEMORY = Memory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +110,22 @@ def build_cache(
     encodings: Sequence[Encoding],
     plan: CachePlan,
     advance: Callable[[int], None] | None = None,
-    max_bytes: int | None = None,
     begin: tuple[int, Tensor] | None = None,
+    once: bool = True,
 ) -> StateCache:
-    """Run every text once, one that stands there several times too: it has its states in one place. Not so texts of
-    words, of which each token has a tag. `advance` is told of texts done.
+    """Run every text. `advance` is told of texts done.
 
     `begin`: (layers passed, states [tokens, d]) of an earlier run to go on from; None: from the embeddings.
-    States that would make it more than `max_bytes` (None: MAX_BYTES) in memory, those of other caches that are still
-    there with them, go to files. Raises DataError where the disk lacks room for them.
+    `once`: a text that stands there several times is run once, and has its states in one place; not so texts of words,
+    of which each token has a tag. Raises DataError where the disk lacks room for what MEMORY has no room for.
     """
-    firsts, owners = _distinct(encodings)
+    firsts, owners = _distinct(encodings) if once else (list(range(len(encodings))), torch.arange(len(encodings)))
     distinct, counts = [encodings[i] for i in firsts], owners.bincount()
     lengths = torch.tensor([len(encoding) for encoding in distinct])
     starts = lengths.cumsum(0) - lengths
     total, width = int(lengths.sum()), backbone.spec.hidden_size
     kept = {*plan.cached_reads} | ({plan.fork_layer} if plan.fork_layer is not None else set())
-    flat = _flat_tensors(kept, total, width, _share() if max_bytes is None else max_bytes)
+    flat = flat_tensors(kept, total, width, _STORED)
     for texts in _batches(lengths):
         batch = _gather(starts, lengths, texts)
         for layer, states in _run(backbone, [distinct[i] for i in texts.tolist()], batch, plan, begin):
@@ -136,32 +154,23 @@ def _distinct(encodings: Sequence[Encoding]) -> tuple[list[int], Tensor]:
     return firsts, torch.tensor(owners, dtype=torch.long)
 
 
-def _flat_tensors(layers: Collection[int], total: int, width: int, max_bytes: int) -> dict[int, Tensor]:
-    """Layer → [tokens, d], not yet filled."""
-    size = total * width * _STORED.itemsize
+def flat_tensors(layers: Collection[int], total: int, width: int, dtype: torch.dtype) -> dict[int, Tensor]:
+    """Layer → [total, width], not yet filled: in memory where MEMORY has room, else in files.
+
+    Raises DataError where the disk has none.
+    """
+    size = total * width * dtype.itemsize
     needed = size * len(layers)
-    if sum(_held.values()) + needed <= max_bytes:
-        return {layer: _in_memory(total, width) for layer in layers}
+    if MEMORY.has_room(needed):
+        return {layer: MEMORY.hold(torch.empty(total, width, dtype=dtype)) for layer in layers}
     try:
-        return {layer: torch.frombuffer(_disk(size), dtype=_STORED).view(total, width) for layer in layers}
+        return {layer: torch.frombuffer(_disk(size), dtype=dtype).view(total, width) for layer in layers}
     except OSError as error:
         raise DataError(
             f"the states of the texts need {needed:,} bytes of disk, and there is no room for them in "
             f"{tempfile.tempdir or 'any temporary folder'} ({error.strerror}): set TMPDIR to a folder with more room, "
-            "or give fewer --read-layers"
+            "give more --memory, or fewer --read-layers"
         ) from error
-
-
-def _share() -> int:
-    """Of several runs beside one another each has some of the cores."""
-    return MAX_BYTES * min(torch.get_num_threads(), cores()) // cores()
-
-
-def _in_memory(total: int, width: int) -> Tensor:
-    tensor = torch.empty(total, width, dtype=_STORED)
-    _held[id(tensor)] = tensor.nbytes
-    weakref.finalize(tensor, _held.pop, id(tensor), None)
-    return tensor
 
 
 def _disk(size: int) -> mmap.mmap:

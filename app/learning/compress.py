@@ -277,7 +277,7 @@ def attention_mass(backbone: Backbone, encodings: Sequence[Encoding], plan: Cach
     (prefix,) = plan.prefixes
     meter = _Meter(torch.zeros(prefix.num_virtual_tokens, dtype=torch.float64))
     with _metered(backbone, meter):
-        build_cache(backbone, encodings, plan)
+        build_cache(backbone, encodings, plan, once=False)  # each counts
     return meter.mass
 
 

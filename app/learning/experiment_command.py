@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from app.engine.backbone import Backbone, cores
 from app.engine.tokenizer import TextTokenizer
 from app.learning import experiment_report
+from app.learning.cache import MAX_BYTES
 from app.learning.experiment import Experiment, Sets, header
 from app.learning.experiment_plan import (
     ALL,
@@ -119,6 +120,8 @@ def _run(args: argparse.Namespace) -> int:
     sets = Sets(plan, args.data)
     if args.jobs > 1 and args.threads is None:
         args.threads = max(1, cores() // min(args.jobs, len(list(steps(plan)))))
+    if args.memory is None:
+        args.memory = MAX_BYTES // args.jobs
     backbone = backbones(args)[0]
     results = Results(args.out.parent / "results.jsonl", header(plan, sets, backbone.spec), args.resume)
     console = Console()

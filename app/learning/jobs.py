@@ -31,6 +31,7 @@ from rich.text import Text
 from app.engine.artifact import MANIFEST
 from app.engine.backbone import cores
 from app.errors import SettingsError
+from app.learning.cache import MAX_BYTES
 
 # `env`, because OpenMP reads the policy when it is loaded: waiting threads of several processes must not spin.
 _CHILD = ("env", "OMP_WAIT_POLICY=PASSIVE", sys.executable, "-u", "-m", "app.learning.command")
@@ -72,10 +73,10 @@ def run(config: Path, jobs: int, parser: argparse.ArgumentParser, console: Conso
     if jobs < 1:
         raise SettingsError("--jobs must be 1 or more")
     at_once = min(jobs, len(runs))
-    threads = max(1, cores() // at_once)
+    share = (f"--threads={max(1, cores() // at_once)}", f"--memory={MAX_BYTES / 1e9 / at_once:g}")
     with _live(runs, console) if console.is_terminal else nullcontext():
         tell = _silent if console.is_terminal else _teller(console)
-        was_stopped = asyncio.run(_run_all(runs, at_once, threads, tell))
+        was_stopped = asyncio.run(_run_all(runs, at_once, share, tell))
     _show(runs, console)
     if was_stopped:
         return _INTERRUPTED
@@ -284,15 +285,15 @@ class _Run:
 _Tell = Callable[[_Run], None]
 
 
-async def _run_all(runs: Sequence[_Run], at_once: int, threads: int, tell: _Tell) -> bool:
-    """Whether a signal stopped it. No process is left when it returns."""
+async def _run_all(runs: Sequence[_Run], at_once: int, share: Sequence[str], tell: _Tell) -> bool:
+    """Whether a signal stopped it. `share`: options of each. No process is left when it returns."""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it is ignored
             loop.add_signal_handler(number, _stop, stop)
     free = asyncio.Semaphore(at_once)
-    await asyncio.gather(*(_run_one(run, threads, free, stop, tell) for run in runs))
+    await asyncio.gather(*(_run_one(run, share, free, stop, tell) for run in runs))
     return stop.done()
 
 
@@ -301,27 +302,29 @@ def _stop(stop: asyncio.Future[None]) -> None:
         stop.set_result(None)
 
 
-async def _run_one(run: _Run, threads: int, free: asyncio.Semaphore, stop: asyncio.Future[None], tell: _Tell) -> None:
+async def _run_one(
+    run: _Run, share: Sequence[str], free: asyncio.Semaphore, stop: asyncio.Future[None], tell: _Tell
+) -> None:
     async with free:
         if stop.done():
             return
         run.begin()
         tell(run)
         try:
-            status = await _learn(run, threads, stop)
+            status = await _learn(run, share, stop)
         except OSError as error:
             status, run.last_error = 1, f"its log cannot be written or it cannot be started: {error}"
         run.end(status, stop.done())
         tell(run)
 
 
-async def _learn(run: _Run, threads: int, stop: asyncio.Future[None]) -> int:
+async def _learn(run: _Run, share: Sequence[str], stop: asyncio.Future[None]) -> int:
     """The exit status of the child, all of whose output is in the log then."""
     run.job.log.parent.mkdir(parents=True, exist_ok=True)
     with run.job.log.open("wb", buffering=0) as log:
         # A session of its own: Ctrl-C reaches the child through us alone.
         process = await asyncio.create_subprocess_exec(
-            *(*_CHILD, f"--threads={threads}", *run.job.arguments),
+            *(*_CHILD, *share, *run.job.arguments),
             stdin=DEVNULL,
             stdout=PIPE,
             stderr=PIPE,

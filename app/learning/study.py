@@ -204,7 +204,8 @@ class Study:
 
     def num_looks(self, recipe: Recipe) -> int:
         """At dev, of a fit that does not end early."""
-        return recipe.epochs * num_rounds(len(self.tables.train.examples), len(self.tables.dev.examples))
+        rows, dev_rows = len(self.tables.train.examples), len(self.tables.dev.examples)
+        return recipe.epochs * num_rounds(rows, dev_rows, recipe.batch_size)
 
     def fit(self, recipe: Recipe, report: Callable[[Epoch, str], None] | None = None) -> Fitted:
         """Train a completed recipe; the epoch that is best on dev is kept."""

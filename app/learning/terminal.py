@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from app.engine.backbone import EMBEDDED, Backbone, set_threads
 from app.engine.host_memory import keep_freed_memory
 from app.errors import ManifoldError
+from app.learning.cache import MAX_BYTES, MEMORY
 from app.learning.trainer import Epoch
 
 
@@ -23,16 +25,35 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="of the frozen layers while training, default auto; figures are float32's"
     )
     group.add_argument("--threads", type=int, metavar="N", help="of one operator on a CPU; default torch's own choice")
+    group.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="GB",
+        help=f"for the texts' states; more of them lie on disk, in TMPDIR; default {MAX_BYTES / 1e9:g}",
+    )
 
 
 def backbones(args: argparse.Namespace) -> tuple[Backbone, Backbone]:
     """One to train on, one in float32 to measure with; the same where they do not differ."""
     keep_freed_memory()
     set_threads(args.threads)
+    if args.memory is not None:
+        MEMORY.max_bytes = args.memory
     backbone = Backbone.load(args.model, args.device, args.dtype)
     if backbone.spec.dtype == "float32":
         return backbone, backbone
     return backbone, Backbone.load(args.model, args.device, "float32")
+
+
+def _bytes(text: str) -> int:
+    """Of so many gigabytes."""
+    try:
+        gigabytes = float(text)
+    except ValueError:
+        gigabytes = -1.0
+    if not 0 <= gigabytes < math.inf:
+        raise argparse.ArgumentTypeError(f'"{text}" is no number of gigabytes, like 4 or 0.5')
+    return int(gigabytes * 1e9)
 
 
 def numbers(text: str) -> tuple[int, ...]:

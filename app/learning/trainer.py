@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from app.domain import ProblemType
 from app.engine.heads import mean_tokens
 from app.errors import DataError
-from app.learning.cache import Gathered, StateCache, states_at
+from app.learning.cache import Gathered, StateCache, flat_tensors, states_at
 from app.learning.chain import Chain
 from app.learning.model import TaskModel
 from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of, tagged
@@ -51,7 +51,8 @@ class Split:
     def pooled(self) -> Split:
         """Each text as one token, the mean of its own: all that a mean readout sees, and so in the same batches."""
         cache, count = self.cache, len(self.cache)
-        reads = {layer: torch.empty(count, flat.shape[1]) for layer, flat in cache.reads.items()}
+        width = next(iter(cache.reads.values())).shape[1]
+        reads = flat_tensors(cache.reads, count, width, torch.float32)
         for texts in _in_order(cache.lengths, _POOLED_ROWS, by_length=True):
             batch = cache.gather(texts)
             for layer, flat in cache.reads.items():
@@ -99,7 +100,7 @@ def train(
         transitions = Chain.of(train_split.tagged, labels).transitions()
     weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
     shift = _shift(problem_type, weights)
-    rounds = num_rounds(len(train_split.cache), len(dev_split.cache))
+    rounds = num_rounds(len(train_split.cache), len(dev_split.cache), recipe.batch_size)
     batches: list[Tensor] = []
     epochs: list[Epoch] = []
     best = (-math.inf, -math.inf)
@@ -133,9 +134,9 @@ def train(
     return epochs
 
 
-def num_rounds(train_rows: int, dev_rows: int) -> int:
+def num_rounds(train_rows: int, dev_rows: int, batch_size: int) -> int:
     """In which an epoch is gone through."""
-    return max(1, train_rows // max(_ROUND_ROWS, _ROUND_DEV * dev_rows))
+    return max(1, train_rows // max(_ROUND_ROWS, _ROUND_DEV * dev_rows, batch_size))
 
 
 def _shift(problem_type: ProblemType, weights: Tensor | None) -> Tensor:

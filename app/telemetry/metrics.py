@@ -151,9 +151,9 @@ class Metrics:
 
     def predicted(self, task: str, version: int, arm: str, outcome: str, count: int = 1) -> None:
         if (task, version, arm) not in self._arms_seen:
-            self._arms_seen.add((task, version, arm))
             self._predictions.labels(task, str(version), arm, "failure")
         self._predictions.labels(task, str(version), arm, outcome).inc(count)
+        self._arms_seen.add((task, version, arm))  # last: what is counted is known, whatever `forget` does meanwhile
 
     def unwatched(self, requests: int) -> None:
         self._unwatched.inc(requests)
@@ -222,9 +222,9 @@ class Metrics:
         for (task, version), share in report.shares.items():
             if version == 0:  # it is being checked, and not live yet
                 continue
-            self._timed.add((task, version))
             self._passes.labels(task).inc(share * report.passes)
             self._device_time.labels(task, str(version)).inc(share * report.forward_s)
+            self._timed.add((task, version))
 
     def watch(self, queue_rows: Callable[[], int], device_bytes: Callable[[], int] | None) -> None:
         """What is read when somebody asks. `device_bytes`: None where the device has no memory of its own."""
@@ -292,9 +292,9 @@ class Metrics:
         """Drops what was counted of a version. To be called once nothing can answer with it any more."""
         labels = {"task": task, "version": str(version)}
         seen = list(self._arms_seen)  # at once: others add to it meanwhile
-        self._arms_seen = {arm for arm in seen if arm[:2] != (task, version)}
-        self._predictions.remove_by_labels(labels)
+        self._arms_seen.difference_update(arm for arm in seen if arm[:2] == (task, version))
         self._timed.discard((task, version))
+        self._predictions.remove_by_labels(labels)
         self._device_time.remove_by_labels(labels)
         self.no_scores(task, version)
         self.no_drift(task, version)

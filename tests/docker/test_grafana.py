@@ -13,6 +13,7 @@ import pytest
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.cog.runtime import panelcfg_config
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
@@ -39,7 +40,24 @@ PROVISIONING = DOCKER / "grafana" / "provisioning"
 SOURCE = {"type": "prometheus", "uid": "prometheus"}
 RULED = [rule["expr"] for rule in RULES]
 GRAFANAS_OWN = {"__rate_interval", "__range"}
-GRAFANAS_UNITS = {value for value in vars(units).values() if isinstance(value, str)}
+GRAFANAS_UNITS = {value for name, value in vars(units).items() if name[0] != "_" and isinstance(value, str)}
+# Where its types have plain text: names that its documentation has.
+REDUCERS = {
+    "lastNotNull",
+    "last",
+    "firstNotNull",
+    "first",
+    "min",
+    "max",
+    "mean",
+    "sum",
+    "count",
+    "range",
+    "delta",
+    "diff",
+}
+TRANSFORMATIONS = {"merge", "organize", "joinByField", "reduce", "sortBy", "filterFieldsByName", "labelsToFields"}
+MATCHERS = {"byName", "byRegexp", "byType", "byFrameRefID"}
 every_dashboard = pytest.mark.parametrize("name", DASHBOARDS)
 
 
@@ -109,14 +127,21 @@ OUTSIDE_TYPES = {
 @every_dashboard
 def test_grafana_knows_every_field_and_every_value(name: str) -> None:
     register_default_plugins()
-    known = Dashboard.from_json(DASHBOARDS[name])
+    written = {**DASHBOARDS[name], "panels": [with_overrides(panel) for panel in DASHBOARDS[name]["panels"]]}
+    known = Dashboard.from_json(written)
     read = json.loads(JSONEncoder().encode(known))
-    assert set(unknown_fields(DASHBOARDS[name], read)) <= OUTSIDE_TYPES
+    assert set(unknown_fields(written, read)) <= OUTSIDE_TYPES
     assert list(unknown_values(known)) == []
+    assert list(unknown_names(written["panels"])) == []
 
 
 def test_grafanas_types_find_what_is_misspelled() -> None:
     register_default_plugins()
+    reduced = {"reduceOptions": {"calcs": ["lst"]}, "legend": {"calcs": ["max", "mx"]}}
+    overridden = {"overrides": [{"matcher": {"id": "byNam"}, "properties": [{"id": "custom.colr", "value": 1}]}]}
+    wrong = {"type": "timseries", "options": reduced, "transformations": [{"id": "orgnize"}], "fieldConfig": overridden}
+    assert set(unknown_names([wrong])) == {"timseries", "lst", "mx", "orgnize", "byNam"}
+    assert with_overrides(wrong)["fieldConfig"]["defaults"] == {"custom": {"colr": 1}}
     legend = {"displayMode": "lst", "placement": "bottom", "showLegend": True, "calks": ["max"]}
     panel = {
         "type": "timeseries",
@@ -131,6 +156,34 @@ def test_grafanas_types_find_what_is_misspelled() -> None:
         "panels.fieldConfig.defaults.unt",
     }
     assert list(unknown_values(known)) == ["VizLegendOptions.display_mode: lst"]
+
+
+def with_overrides(panel: dict[str, Any]) -> dict[str, Any]:
+    """What it overrides for some fields, as if for all: Grafana's types know what may be set there."""
+    if panel["type"] == "row":
+        return panel
+    defaults = json.loads(json.dumps(panel["fieldConfig"].get("defaults", {})))
+    for override in panel["fieldConfig"].get("overrides", []):
+        for put in override["properties"]:
+            *parents, last = put["id"].split(".")
+            within = defaults
+            for parent in parents:
+                within = within.setdefault(parent, {})
+            within[last] = put["value"]
+    return {**panel, "fieldConfig": {**panel["fieldConfig"], "defaults": defaults}}
+
+
+def unknown_names(panels: list[dict[str, Any]]) -> Iterator[str]:
+    for panel in panels:
+        if panel["type"] == "row":
+            continue
+        if panelcfg_config(panel["type"]) is None:
+            yield panel["type"]
+        options = panel.get("options", {})
+        for part in ("legend", "reduceOptions"):
+            yield from set(options.get(part, {}).get("calcs", [])) - REDUCERS
+        yield from {one["id"] for one in panel.get("transformations", [])} - TRANSFORMATIONS
+        yield from {one["matcher"]["id"] for one in panel.get("fieldConfig", {}).get("overrides", [])} - MATCHERS
 
 
 def unknown_fields(written: Any, read: Any, path: str = "") -> Iterator[str]:

@@ -18,9 +18,10 @@ from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError
 from app.learning import cache as cache_module
-from app.learning.cache import CachePlan, StateCache, build_cache, states_at
+from app.learning.cache import CachePlan, Memory, StateCache, build_cache, states_at
 from app.learning.rows import LayerPrefix, differentiable_attention, run_layers
 from app.learning.study import Files, Quiet, Study, Tables
+from app.learning.trainer import Split
 from tests.learning import samples
 from tests.learning.samples import VOCABULARY
 
@@ -33,6 +34,14 @@ def encodings() -> list[Encoding]:
     source = random.Random(0)
     texts = [tuple(source.choices(range(5, len(VOCABULARY)), k=source.randint(3, 30))) for _ in range(40)]
     return [Encoding(ids, (0,) * len(ids)) for ids in texts]
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """In which nothing lies yet."""
+    fresh = Memory()
+    monkeypatch.setattr(cache_module, "MEMORY", fresh)
+    return fresh
 
 
 @pytest.fixture
@@ -60,11 +69,12 @@ def equal(one: StateCache, other: StateCache) -> bool:
 
 @pytest.mark.parametrize("plan", [PLAN, BARE, CachePlan((1,), 0), CachePlan((), 0)])
 def test_states_on_disk_are_those_in_memory(
-    backbone: Backbone, encodings: list[Encoding], folder: Path, plan: CachePlan
+    backbone: Backbone, encodings: list[Encoding], folder: Path, memory: Memory, plan: CachePlan
 ) -> None:
     in_memory = build_cache(backbone, encodings, plan)
     assert mapped_bytes(folder) == 0
-    on_disk = build_cache(backbone, encodings, plan, max_bytes=1000)
+    memory.max_bytes = 1000
+    on_disk = build_cache(backbone, encodings, plan)
     flat = {*plan.cached_reads, plan.fork_layer} - {None}
     assert mapped_bytes(folder) >= len(flat) * in_memory.num_tokens * backbone.spec.hidden_size * 2
     assert equal(in_memory, on_disk)
@@ -73,11 +83,19 @@ def test_states_on_disk_are_those_in_memory(
     assert mapped_bytes(folder) == 0
 
 
-def test_what_just_fits_stays_in_memory(backbone: Backbone, encodings: list[Encoding], folder: Path) -> None:
-    needed = 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
-    kept = build_cache(backbone, encodings, BARE, max_bytes=needed)
+def size_of(encodings: list[Encoding], backbone: Backbone) -> int:
+    """Bytes of the states of two layers."""
+    return 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
+
+
+def test_what_just_fits_stays_in_memory(
+    backbone: Backbone, encodings: list[Encoding], folder: Path, memory: Memory
+) -> None:
+    memory.max_bytes = size_of(encodings, backbone)
+    kept = build_cache(backbone, encodings, BARE)
     assert mapped_bytes(folder) == 0
-    spilled = build_cache(backbone, encodings, BARE, max_bytes=needed - 1)
+    memory.max_bytes = 2 * size_of(encodings, backbone) - 1
+    spilled = build_cache(backbone, encodings, BARE)
     assert mapped_bytes(folder) > 0
     assert equal(kept, spilled)
 
@@ -101,31 +119,29 @@ def test_texts_of_words_have_states_of_their_own(backbone: Backbone, encodings: 
 
 
 def test_caches_that_are_there_together_share_what_may_lie_in_memory(
-    backbone: Backbone, encodings: list[Encoding], folder: Path
+    backbone: Backbone, encodings: list[Encoding], folder: Path, memory: Memory
 ) -> None:
-    needed = 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
-    first = build_cache(backbone, encodings, BARE, max_bytes=needed + 1)
-    second = build_cache(backbone, encodings, BARE, max_bytes=needed + 1)
+    needed = size_of(encodings, backbone)
+    memory.max_bytes = needed + 1
+    first = build_cache(backbone, encodings, BARE)
+    second = build_cache(backbone, encodings, BARE)
     assert mapped_bytes(folder) >= needed, "the first is still there"
     assert equal(first, second)
     del first, second
     assert mapped_bytes(folder) == 0
-    third = build_cache(backbone, encodings, BARE, max_bytes=needed + 1)
+    third = build_cache(backbone, encodings, BARE)
     assert mapped_bytes(folder) == 0 and len(third) == len(encodings), "what the first took is free again"
 
 
-def test_a_process_with_a_part_of_the_cores_has_that_part_of_the_memory(
-    backbone: Backbone, encodings: list[Encoding], folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_pooled_states_take_their_part_of_it(
+    backbone: Backbone, encodings: list[Encoding], folder: Path, memory: Memory
 ) -> None:
-    needed = 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
-    monkeypatch.setattr(cache_module, "MAX_BYTES", needed)
-    monkeypatch.setattr(cache_module, "cores", torch.get_num_threads)
-    whole = build_cache(backbone, encodings, BARE)
-    assert mapped_bytes(folder) == 0
-    del whole
-    monkeypatch.setattr(cache_module, "cores", lambda: 2 * torch.get_num_threads())
-    part = build_cache(backbone, encodings, BARE)
-    assert mapped_bytes(folder) >= needed and len(part) == len(encodings)
+    cache = build_cache(backbone, encodings, BARE)
+    memory.max_bytes = 1000
+    pooled = Split(cache, torch.zeros(len(encodings))).pooled().cache
+    assert mapped_bytes(folder) >= 2 * len(encodings) * backbone.spec.hidden_size * 4
+    memory.max_bytes = 10**9
+    assert equal(pooled, Split(cache, torch.zeros(len(encodings))).pooled().cache)
 
 
 @contextmanager
@@ -138,13 +154,14 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_room_on_the_disk(backbone: Backbone, encodings: list[Encoding], folder: Path) -> None:
-    needed = 2 * sum(map(len, encodings)) * backbone.spec.hidden_size * 2
+def test_no_room_on_the_disk(backbone: Backbone, encodings: list[Encoding], folder: Path, memory: Memory) -> None:
+    needed = size_of(encodings, backbone)
+    memory.max_bytes = 0
     with pytest.raises(DataError) as raised, largest_file(1000):
-        build_cache(backbone, encodings, BARE, max_bytes=0)
+        build_cache(backbone, encodings, BARE)
     sentence = str(raised.value)
     assert f"need {needed:,} bytes of disk" in sentence and str(folder) in sentence
-    assert "TMPDIR" in sentence and "--read-layers" in sentence
+    assert "TMPDIR" in sentence and "--memory" in sentence and "--read-layers" in sentence
     assert list(folder.iterdir()) == []
 
 

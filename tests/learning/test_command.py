@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from app.errors import DataError
-from app.learning import command
+from app.learning import cache, command, terminal
+from app.learning.cache import Memory
 from app.learning.writer import check_room
 from tests.learning import samples
 
@@ -51,6 +52,20 @@ def test_it_says_how_to_publish_where_that_is_not_done_anyway(
     command.add_arguments(parser)
     assert command.run(argparse.Namespace(**vars(parser.parse_args(arguments)), publish=True)) == 0
     assert "manifold publish" not in capsys.readouterr().out
+
+
+def test_states_have_the_memory_that_is_given(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory()
+    for module in (cache, terminal):
+        monkeypatch.setattr(module, "MEMORY", memory)
+    assert run(*arguments, "--candidates", "trunk", "--no-baselines", "--memory", "0.25") == 0
+    assert memory.max_bytes == 250_000_000
+    for wrong in ("-1", "much", "inf", "nan"):
+        with pytest.raises(SystemExit):
+            run(*arguments, f"--memory={wrong}")
+        assert f'"{wrong}" is no number of gigabytes, like 4 or 0.5' in capsys.readouterr().err
 
 
 def test_a_disk_that_is_nearly_full_is_told_before_anything_is_trained(

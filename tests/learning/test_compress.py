@@ -217,6 +217,14 @@ def test_tokens_that_nothing_attends_to_go_first(root: Path, backbone: Backbone)
     assert set(mass.argsort()[:2].tolist()) == {2, 5} and (mass[[0, 1, 3, 4, 6, 7]] > 0).all()
 
 
+def test_a_text_counts_as_often_as_it_stands_there(root: Path, backbone: Backbone) -> None:
+    artifact = read_artifact(root / "late", backbone.spec)
+    vectors = artifact.prefix_vectors[0].float()
+    one, other = (mass_of(backbone, artifact, vectors, [text]) for text in ("we was good", "the of a in bad"))
+    both = mass_of(backbone, artifact, vectors, ["we was good"] * 9 + ["the of a in bad"])
+    torch.testing.assert_close(both, 9 * one + other, rtol=1e-4, atol=1e-6)
+
+
 def test_padding_takes_no_part(root: Path, backbone: Backbone) -> None:
     artifact = read_artifact(root / "late", backbone.spec)
     vectors = artifact.prefix_vectors[0].float()

@@ -119,8 +119,10 @@ def test_a_signal_leaves_no_process_and_no_artifact(
 
     def interrupt() -> None:
         wait_for(lambda: len([child for child in children() if is_python(child)]) == 2)
+        given.extend(argument for child in children() for argument in child.cmdline())
         os.kill(os.getpid(), number)
 
+    given: list[str] = []
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
     shown = io.StringIO()
@@ -128,6 +130,7 @@ def test_a_signal_leaves_no_process_and_no_artifact(
     assert jobs.run(config, 2, parser, console) == 130
     interrupter.join()
     assert not children()
+    assert given.count("--memory=2") == 2, "of 4 GB"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"first.log", "second.log"}
     states = {name: line for name in names for line in shown.getvalue().splitlines() if line.startswith(f"│ {name} ")}
     assert [states[name].split("│")[2].strip() for name in names] == ["interrupted", "interrupted", "waiting"]

@@ -262,9 +262,10 @@ def test_an_interrupt_keeps_the_best_so_far(tmp_path: Path, backbone: Backbone) 
 
 
 def test_only_long_epochs_are_gone_through_in_rounds_and_dev_costs_little() -> None:
-    assert num_rounds(3_911, 556) == num_rounds(100_000, 10_000) == 1
-    assert num_rounds(1_000_000, 1_000) == 15
-    assert num_rounds(900_000, 100_000) == 2
+    assert num_rounds(3_911, 556, 32) == num_rounds(100_000, 10_000, 32) == 1
+    assert num_rounds(1_000_000, 1_000, 32) == 15
+    assert num_rounds(900_000, 100_000, 32) == 2
+    assert num_rounds(1_000_000, 1_000, 250_000) == 4, "each has a batch"
 
 
 def test_a_long_epoch_is_seen_in_rounds_and_an_interrupt_within_it_loses_little(
