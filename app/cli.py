@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     `predict --file` returns 3 where some of the rows could not be answered.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(arguments).parse_args(arguments)
     try:
+        options = _parser(arguments).parse_args(arguments)  # which imports what takes long
         status: int = options.run(options)
         sys.stdout.flush()
     except ManifoldError as error:

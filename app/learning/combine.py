@@ -65,6 +65,7 @@ def combine(
     Returns the manifest. Raises SettingsError where they cannot stand side by side, ArtifactError for a faulty one.
     """
     writer.check_out(out.absolute())
+    writer.check_owner(out, name)
     if not prefixes:
         raise SettingsError("there is nothing to combine: name the folders of artifacts that have prefixes")
     frozen = read_frozen(Recipe(name, prefixes=tuple(prefixes)), exact.spec)

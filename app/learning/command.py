@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from app.domain import BackboneSpec, ProblemType, ReadoutKind
-from app.engine.artifact import TENSORS
+from app.engine.artifact import MANIFEST, TENSORS
 from app.errors import SettingsError
 from app.learning import jobs, writer
 from app.learning.compose import usable
@@ -69,7 +69,10 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compose", choices=["auto"], help="choose among the pool's prefixes and their combinations")
     group.add_argument(
-        "--pool", type=_folders, metavar="DIR,DIR", help="artifacts to combine; default the shipped ones"
+        "--pool",
+        type=_folders,
+        metavar="DIR,DIR",
+        help="artifacts to combine, or folders of them; default the shipped ones",
     )
     group.add_argument(
         "--tolerance", type=float, default=0.5, metavar="X", help="points of dev score that less cost may lose; 0.5"
@@ -180,7 +183,9 @@ def _check_alone(args: argparse.Namespace) -> None:
     given = [_flag(name) for name, value in vars(args).items() if name in plain and value != plain[name]]
     others = sorted(set(given) - {"--config", "--jobs"})
     if others:
-        raise SettingsError(f"{', '.join(others)} beside --config: put options into the file, under [defaults]")
+        raise SettingsError(
+            f"{', '.join(others)} beside --config: put options into the file, under [defaults], or [tasks.NAME] for one"
+        )
 
 
 def _typed() -> list[str]:
@@ -204,9 +209,11 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         raise SettingsError("--finetune-epochs is out of range: give 1 or more")
     is_search = args.auto is not False and not given and not args.compose
     needs_pool = args.compose or (is_search and Arrangement.COMBINATION in args.candidates)
-    pool = (
-        args.pool if args.pool is not None else tuple(usable(_SHIPPED_PREFIXES, spec, args.task)) if needs_pool else ()
-    )
+    pool: tuple[Path, ...] = ()
+    if args.pool is not None:
+        pool = tuple(path for given in args.pool for path in _artifacts(given, spec, args.task))
+    elif needs_pool:
+        pool = tuple(usable(_SHIPPED_PREFIXES, spec, args.task))
     return Options(
         problem_type=None if args.problem_type is None else ProblemType(args.problem_type),
         arrangements=args.candidates if is_search else (),
@@ -220,6 +227,12 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
         given=frozenset(_given(args)),
         command=shlex.join(["manifold", "learn", *_typed()]),
     )
+
+
+def _artifacts(path: Path, spec: BackboneSpec, task: str) -> list[Path]:
+    """The artifact, or those with a prefix in a folder of artifacts."""
+    is_artifact = any((path / name).is_file() for name in (MANIFEST, "adapter_config.json"))
+    return [path] if is_artifact or not path.is_dir() else usable(path, spec, task)
 
 
 def _given(args: argparse.Namespace) -> list[str]:

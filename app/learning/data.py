@@ -6,6 +6,7 @@ Columns: `text` or `text_a`,`text_b`, then `label` (one), `labels` (joined by `|
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -226,7 +227,9 @@ def _lines(path: Path, file: io.BufferedReader) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path.name}, line {number} is not UTF-8: save the file in UTF-8") from error
+            is_utf16 = number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            told = " but UTF-16" if is_utf16 else ""
+            raise DataError(f"{path.name}, line {number} is not UTF-8{told}: save the file in UTF-8") from error
 
 
 def _rows(path: Path, lines: Iterator[str]) -> Iterator[_Row]:
@@ -275,13 +278,18 @@ def _tsv_fields(lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
 def _csv_fields(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
     # StringIO also ends lines at a bare carriage return; str.splitlines would at U+2028 too
+    whole = 0  # the last line of the records before
     reader = csv.reader(chain.from_iterable(io.StringIO(line, newline="") for line in lines), strict=True)
     try:
         for fields in reader:
             if fields:
                 yield reader.line_num, fields
+            whole = reader.line_num
     except csv.Error as error:
-        raise DataError(f"{path.name}, line {reader.line_num} cannot be read: {error}") from error
+        raise DataError(
+            f"{path.name}, line {reader.line_num} cannot be read: {error}; what it is part of begins on line "
+            f"{whole + 1}, where a quotation mark may not be closed, or not be doubled"
+        ) from error
 
 
 # -- columns -----------------------------------------------------------------------------------------------------------
@@ -331,9 +339,17 @@ def _problem_type(path: Path, columns: Sequence[str]) -> ProblemType:
         if answers[0] in columns:
             return kind
     raise DataError(
-        f"{path.name} has no column label, labels, score or tags: it has {', '.join(columns)}; "
+        f"{path.name} has no column label, labels, score or tags: it has {_named(path, columns)}; "
         "rename the one with the answers to label (one a text), labels (several, joined by |) or score (a number)"
     )
+
+
+def _named(path: Path, columns: Sequence[str]) -> str:
+    """With a hint where a header fell into one piece."""
+    wanted = "tabs" if _FORMATS[path.suffix.lower()] == "tsv" else "commas"
+    is_other = len(columns) == 1 and any(mark in columns[0] for mark in ";\t,|")
+    hint = f" (in one piece: {path.suffix.lower()} files need {wanted} between columns)" if is_other else ""
+    return ", ".join(columns) + hint
 
 
 def _answer_column(path: Path, columns: Sequence[str], kind: ProblemType) -> str:

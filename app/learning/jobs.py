@@ -39,7 +39,10 @@ _GRACE_S = 120.0  # from SIGINT to SIGKILL: a child still measures and writes it
 _CHUNK_BYTES = 1 << 16
 _INTERRUPTED = 130
 _NOT_OF_A_TASK = {"help", "config", "jobs"}
+_OF_ONE_TASK = {"task", "out"}
 _FILES = ("train", "dev", "test")
+
+_BEST_WRITTEN = "the best so far was written"
 
 _Value = str | bool
 _KINDS: dict[object, tuple[tuple[type, ...], str]] = {
@@ -109,6 +112,8 @@ def read_jobs(config: Path, parser: argparse.ArgumentParser) -> list[Job]:
     content = _read(config)
     actions = _actions(parser)
     defaults = _values(f"{config.name}, [defaults]", content.get("defaults", {}), actions, config.parent)
+    for name in sorted(_OF_ONE_TASK & defaults.keys()):
+        raise SettingsError(f"{config.name}, [defaults]: {name} is of one task alone: put it under [tasks.NAME]")
     jobs = []
     for name, table in content["tasks"].items():
         where = f"{config.name}, [tasks.{name}]"
@@ -260,6 +265,12 @@ class _Run:
     last_error: str = ""  # of its stderr
     began_s: float = 0.0
     ended_s: float | None = None
+    num_notes: int = 0  # on its data
+
+    @property
+    def is_written(self) -> bool:
+        """An artifact of this run is there: an interrupted one may have left its best so far."""
+        return self.state is _State.DONE or (self.state is _State.INTERRUPTED and _BEST_WRITTEN in self.last_error)
 
     @property
     def seconds(self) -> float:
@@ -336,6 +347,7 @@ async def _learn(run: _Run, share: Sequence[str], stop: asyncio.Future[None]) ->
             log.write(line + b"\n")
             text = line.decode("utf-8", "replace").strip()
             run.last_line = text or run.last_line
+            run.num_notes += text.startswith("note: ")
             if is_error:
                 run.last_error = text or run.last_error
 
@@ -422,16 +434,21 @@ def _show(runs: Sequence[_Run], console: Console) -> None:
         table.add_row(Text(run.job.name), run.state, *_figures(run), f"{run.seconds:.1f}")
     console.print(table)
     for run in runs:
-        if run.state is _State.DONE:
-            _print(console, f"{run.job.name}: {next_step(run.job.out)}")
-        elif run.state is not _State.WAITING:
-            reason = (run.last_error or run.last_line).removeprefix("manifold learn: ")
+        if run.num_notes:
+            notes = "1 note" if run.num_notes == 1 else f"{run.num_notes} notes"
+            _print(console, f"{run.job.name}: {notes} on its data, see {run.job.log}")
+        if run.state is _State.WAITING:
+            _print(console, f"{run.job.name} was not begun: give a file with the tasks that are left")
+        elif run.state is not _State.DONE:
+            reason = (run.last_error or run.last_line).removeprefix("manifold learn: ").removeprefix("interrupted, ")
             _print(console, f"{run.job.name} {run.state}: {reason} (see {run.job.log})")
+        if run.is_written:
+            _print(console, f"{run.job.name}: {next_step(run.job.out)}")
 
 
 def _figures(run: _Run) -> list[str]:
     """Measure, its dev and test figure, and passes, as the task's manifest has them."""
-    manifest = _manifest(run.job.out) if run.state is _State.DONE else {}
+    manifest = _manifest(run.job.out) if run.is_written else {}
     evaluation = manifest.get("evaluation", {})
     measure = evaluation.get("measure", "")
     figures = [evaluation.get(split, {}).get(measure) for split in ("dev", "test")]

@@ -119,13 +119,14 @@ def learn(
     if not options.tolerance >= 0:
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")
     writer.check_out(out.absolute())
+    replaced = writer.check_owner(out, recipe.task)
     backbone, exact = backbones
     tokenizer = TextTokenizer(backbone.path)
     tables = Tables.read(files, options.problem_type, recipe.seed, tokenizer)
     study = Study(tables, backbone, tokenizer, watcher)
     golden = read_inputs(options.golden, tables.train.input_kind) if options.golden is not None else []
     noticed = findings(tables.named, tables.whole)
-    watcher.notice(noticed.sentences())
+    watcher.notice([*filter(None, [replaced]), *noticed.sentences()])
     study.completed(recipe)  # what cannot work is told before anything is tried
     limit = limit_tokens(backbone.spec, cache_plan(recipe, read_frozen(recipe, backbone.spec)))
     watcher.notice(told_of_truncated(tables.named.values(), limit))

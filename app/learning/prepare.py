@@ -40,7 +40,9 @@ def read_frozen(recipe: Recipe, spec: BackboneSpec) -> Frozen:
     for path in recipe.prefixes:
         artifact = read_artifact(path, spec)
         if not artifact.prefix_vectors:
-            raise SettingsError(f"{path} has no prefix: --prefixes takes artifacts that have one")
+            raise SettingsError(
+                f"{path} has no prefix: what is combined must have one, as `learn --num-virtual-tokens N` makes it"
+            )
         for entry, vectors in zip(artifact.manifest["prefixes"], artifact.prefix_vectors, strict=True):
             prefixes.append(LayerPrefix(entry["first_layer"], vectors.float(), entry["digest"]))
             entries.append({"task": artifact.manifest["task"]} | entry)

@@ -318,6 +318,12 @@ def _warnings(report: Mapping[str, Any], own: _Quality) -> Iterator[tuple[str, s
             f"Ship nothing: the baseline {_words(own.best[0])} is {comparison} this artifact on {own.split} "
             f"({own.measure} {_number(own.best[1])} against {_number(own.value)}).",
         )
+    if report.get("interrupted"):
+        yield (
+            "mild",
+            "The run was interrupted: this is the best that was there by then, and what was not tried, trained to its "
+            "end or measured any more is missing beside it.",
+        )
     if own.split == "dev" and "test" in (report.get("data") or {}):
         yield "mild", "Measuring was interrupted: the dev set picked what is measured on it, so its figures flatter."
     elif own.split == "dev":

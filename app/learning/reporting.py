@@ -210,6 +210,7 @@ def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
         "sample": story.sample,
         "tolerance": story.tolerance,
         "baselines": manifest["baselines"],
+        "interrupted": manifest["training"]["interrupted"],
         "epochs": [{"number": e.number, "loss": e.loss, "dev": e.dev} for e in story.fitted.epochs],
         "findings": list(story.findings),
         "data": manifest["data"],

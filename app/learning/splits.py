@@ -18,6 +18,7 @@ from app.learning.data import Example, Table
 
 _MIN_SPLIT_ROWS = 20
 _MAX_EXAMPLES = 5
+_FEW_DEV_ROWS = 50
 _Group = list[int]  # rows that stay together
 
 
@@ -159,6 +160,7 @@ class Findings:
     in_dev: Overlap  # of test with a dev file
     contradictions: dict[str, Contradictions]  # within each file
     unopened: Unopened  # in train's file
+    unasked: tuple[str, ...]  # labels of train that no row of dev has
     unreadable: dict[str, LeftOut]
 
     def sentences(self) -> list[str]:
@@ -180,6 +182,17 @@ class Findings:
                     f"{contradictions.count} rows of {self.files[name]} share a text and differ in their answers "
                     f"(first lines {first} and {second}): settle which is right"
                 )
+        if 0 < self.rows.get("dev", 0) < _FEW_DEV_ROWS:
+            count = self.rows["dev"]
+            found.append(
+                f"{self.files['dev']} has {count} rows: one answer moves its score by {100 / count:.1f} points, and "
+                "what is chosen by it is chosen by chance; give more of them with --dev"
+            )
+        if self.unasked:
+            found.append(
+                f"{self.files['dev']} has no row of {_named(self.unasked)}: how well such texts are answered is not "
+                "known; give some with --dev"
+            )
         if self.unopened.count:
             found.append(
                 f"{self.unopened.count} rows of {self.files['train']} begin a span with I, not B "
@@ -189,9 +202,11 @@ class Findings:
         return found
 
     def _overlapping(self, name: str, other: str, overlap: Overlap) -> str:
+        is_same = self.files[name] == self.files[other]
+        one, two = (f"{self.files[n]} ({n})" if is_same else self.files[n] for n in (name, other))
         return (
-            f"{overlap.count} of {self.rows[name]} texts of {self.files[name]} also stand in "
-            f"{self.files[other]} ({_listed(overlap.lines, overlap.count)}): the {name} figures flatter; "
+            f"{overlap.count} of {self.rows[name]} texts of {one} also stand in "
+            f"{two} ({_listed(overlap.lines, overlap.count)}): the {name} figures flatter; "
             "take them out of one of the two"
         )
 
@@ -217,6 +232,7 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
             for name, same in groups.items()
         },
         unopened=_unopened(train),
+        unasked=_unasked(tables["train"], tables.get("dev")),
         unreadable={name: _left_out(table) for name, table in tables.items()},
     )
 
@@ -244,6 +260,13 @@ def _unopened(table: Table) -> Unopened:
     return Unopened(len(lines), tuple(lines[:_MAX_EXAMPLES]))
 
 
+def _unasked(train: Table, dev: Table | None) -> tuple[str, ...]:
+    if dev is None or train.problem_type is ProblemType.TOKEN:
+        return ()
+    there, asked = ({label for e in table.examples for label in e.labels} for table in (train, dev))
+    return tuple(sorted(there - asked))
+
+
 def _begins_inside(tags: Sequence[str]) -> bool:
     """Whether the inside of a span follows neither its beginning nor its inside."""
     before = ("", *tags)
@@ -256,6 +279,11 @@ def _answer(example: Example) -> tuple[tuple[str, ...], float]:
 
 def _left_out(table: Table) -> LeftOut:
     return LeftOut(len(table.unreadable), tuple(row.reason for row in table.unreadable[:_MAX_EXAMPLES]))
+
+
+def _named(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - _MAX_EXAMPLES} more" if len(labels) > _MAX_EXAMPLES else ""
+    return f"label{'s' if len(labels) > 1 else ''} {', '.join(labels[:_MAX_EXAMPLES])}{more}"
 
 
 def _listed(lines: Sequence[int], count: int) -> str:

@@ -27,6 +27,7 @@ from app.errors import DataError, SettingsError
 
 STORED = torch.float16
 _ROOM_BYTES = 8_000_000  # asked for before hours of training: most artifacts take a megabyte
+_OF_AN_ARTIFACT = {MANIFEST, TENSORS, "adapter_config.json", "report.html", "README.md"}
 _NUMBERS = re.compile(r"\[\n[-\d.eE+,\s]*\]")  # of numbers; no text matches: JSON escapes its line breaks
 
 
@@ -57,12 +58,40 @@ def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
 
 
 def check_out(out: Path) -> None:
-    """Raise SettingsError where `out` holds something that is not an artifact."""
+    """Raise SettingsError where `out` cannot be written, or holds something that is not an artifact alone."""
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_empty and not (out / MANIFEST).is_file():
         raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
     if not is_empty and any(child.is_dir() for child in out.iterdir()):
         raise SettingsError(f"{out} holds folders, which may be other versions: name a folder of its own with --out")
+    foreign = [] if is_empty else sorted(child.name for child in out.iterdir() if child.name not in _OF_AN_ARTIFACT)
+    if foreign:
+        raise SettingsError(
+            f"{out} would be replaced, and holds {', '.join(foreign[:3])}, which is of no artifact: "
+            "name a folder of its own with --out"
+        )
+    there = next(folder for folder in out.parents if folder.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=there)).rmdir()
+    except OSError as error:
+        raise SettingsError(f"{there} cannot be written: {error.strerror}; name another folder with --out") from error
+
+
+def check_owner(out: Path, task: str) -> str:
+    """What is at `out` in a sentence, where it is an earlier version of `task` and will be replaced; else "".
+
+    Raises SettingsError where it is another task's.
+    """
+    if not (out / MANIFEST).is_file():
+        return ""
+    try:
+        owner = json.loads((out / MANIFEST).read_text("utf-8")).get("task")
+    except (OSError, ValueError, AttributeError):
+        owner = None
+    if owner != task:
+        whose = f'is an artifact of "{owner}"' if isinstance(owner, str) else "is an artifact that cannot be read"
+        raise SettingsError(f"{out} {whose}: name a folder of its own with --out")
+    return f"{out} holds {task} already, which is replaced at the end"
 
 
 def check_room(out: Path) -> None:

@@ -286,6 +286,11 @@ def test_what_cannot_be_compressed(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_artifact_itself_is_not_replaced(root: Path, backbone: Backbone) -> None:
+    with pytest.raises(SettingsError, match="is the artifact itself: name another folder with --out"):
+        compress(root / "full", files_in(root), root / "late" / ".." / "full", (backbone, backbone), Silent())
+
+
 def test_a_prefix_of_another_backbone(root: Path, backbone: Backbone, tmp_path: Path) -> None:
     manifest = json.loads((root / "late/manifest.json").read_text())
     manifest["backbone"]["fingerprint"] = "sha256:other"

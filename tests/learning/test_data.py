@@ -83,6 +83,13 @@ def test_bio_labels_have_both_sides_of_each_type(tmp_path: Path) -> None:
         ("train.jsonl", "\n \n", "train.jsonl has no rows"),
         ("train.txt", "text\tlabel\na\tx\n", "must end in one of .tsv, .csv, .jsonl"),
         ("train.csv", 'text,label\n"a,x\n', "train.csv, line 2 cannot be read"),
+        (
+            "train.csv",
+            'text,label\na,x\n"b,x\nc,y\nd,y\n',
+            "what it is part of begins on line 3, where a quotation mark",
+        ),
+        ("train.csv", "text;label\na;x\n", "it has text;label (in one piece: .csv files need commas between columns)"),
+        ("train.tsv", "text,label\na,x\n", "it has text,label (in one piece: .tsv files need tabs between columns)"),
         ("train.csv", 'text,label\na,x\n"b"c,x\nd,y\n', "train.csv, line 3 cannot be read"),
         ("train.json", "[\n1\n]\n", "none of the first 3 rows of train.json can be read: line 1 is not JSON"),
         ("train.jsonl", '{"txt": "a", "label": "x"}\n', "no column text, nor text_a and text_b: it has txt, label"),
@@ -167,7 +174,10 @@ def test_the_digest_is_the_files(tmp_path: Path) -> None:
 def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "train.tsv"
     path.write_bytes("text\tlabel\na\tx\ncafé\ty\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"train\.tsv, line 3 is not UTF-8"):
+    with pytest.raises(DataError, match=r"train\.tsv, line 3 is not UTF-8: save"):
+        read_table(path)
+    path.write_bytes("text\tlabel\na\tx\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"train\.tsv, line 1 is not UTF-8 but UTF-16: save"):
         read_table(path)
 
 

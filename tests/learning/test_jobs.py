@@ -96,6 +96,8 @@ def test_one_failing_does_not_stop_the_others(
     assert f"first: publish it as a candidate: manifold publish {tmp_path}/out/first\n" in shown
     assert f"second: publish it as a candidate: manifold publish {tmp_path}/elsewhere/second\n" in shown
     assert "wrong: publish" not in shown
+    noted = (tmp_path / "elsewhere" / "second.log").read_text().count("note: ")
+    assert noted and f"second: {noted} note" in shown and f"on its data, see {tmp_path}/elsewhere/second.log\n" in shown
 
 
 @pytest.mark.parametrize(("number", "is_terminal"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
@@ -177,6 +179,10 @@ TRAIN = '[tasks.a]\ntrain = "train.tsv"\n'
         ("[tasks]\na = 3", "tasks.toml, [tasks.a] must be a table of options"),
         (TRAIN + "epoch = 3", "tasks.toml, [tasks.a]: epoch is no option of manifold learn: epochs is"),
         (TRAIN + 'config = "x"', "tasks.toml, [tasks.a]: config is no option of manifold learn"),
+        (
+            '[defaults]\ntask = "x"\n' + TRAIN,
+            "tasks.toml, [defaults]: task is of one task alone: put it under [tasks.NAME]",
+        ),
         ("[defaults]\nzzz = 3\n" + TRAIN, "tasks.toml, [defaults]: zzz is no option of manifold learn"),
         (TRAIN + "batch_size = 3\nbatch-size = 4", "[tasks.a]: batch-size is given twice"),
         (TRAIN + 'epochs = "ten"', '[tasks.a]: epochs must be a whole number, not "ten"'),

@@ -303,12 +303,27 @@ def test_peft_reads_a_full_prefix_and_gives_the_same_logits(tmp_path: Path, back
 def test_an_artifact_is_replaced_and_nothing_else_is(tmp_path: Path, backbone: Backbone) -> None:
     files = files_of(tmp_path, samples.single_rows, count=40)
     learned(tmp_path, files, backbone, epochs=1)
-    assert learned(tmp_path, files, backbone, epochs=1, task="other")["task"] == "other"
+    watcher = Silent()
+    learn(recipe(epochs=1), files, tmp_path / "out", (backbone, backbone), watcher)
+    assert f"{tmp_path / 'out'} holds mine already, which is replaced at the end" in watcher.noticed
+    with pytest.raises(SettingsError, match='is an artifact of "mine": name a folder of its own with --out'):
+        learned(tmp_path, files, backbone, epochs=1, task="other")
+    (tmp_path / "out" / "thoughts.txt").write_text("deep")
+    with pytest.raises(SettingsError, match=r"holds thoughts\.txt, which is of no artifact"):
+        learned(tmp_path, files, backbone, epochs=1)
+    assert (tmp_path / "out" / "thoughts.txt").read_text() == "deep"
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary").write_text("dear")
     with pytest.raises(SettingsError, match="is no artifact"):
         learn(recipe(), files, tmp_path / "notes", (backbone, backbone), Silent())
     assert (tmp_path / "notes" / "diary").read_text() == "dear"
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path: Path, backbone: Backbone) -> None:
+    files, watcher = files_of(tmp_path, samples.single_rows, count=40), Silent()
+    with pytest.raises(SettingsError, match=r"train\.tsv cannot be written: .*name another folder with --out"):
+        learn(recipe(), files, tmp_path / "train.tsv" / "out", (backbone, backbone), watcher)
+    assert watcher.stages == []
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

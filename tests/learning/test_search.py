@@ -324,6 +324,7 @@ def test_an_interrupt_ends_the_search_and_what_comes_after_it(tmp_path: Path, ba
     assert manifest["training"]["interrupted"] is True and manifest["baselines"] == {}
     assert len(watcher.candidates) == after
     assert "baselines" not in watcher.stages
+    assert "The run was interrupted: this is the best" in (tmp_path / "out" / "report.html").read_text()
     read_artifact(tmp_path / "out", backbone.spec)
 
 

@@ -16,6 +16,11 @@ from app.learning.splits import findings, sampled_rows, split_off_dev, subsample
 from tests.learning.samples import multi_rows, regression_rows, single_rows, tagged_lines, write_rows
 
 
+@pytest.fixture(autouse=True)
+def few_rows_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.learning.splits._FEW_DEV_ROWS", 0)
+
+
 def table(*rows: tuple[str, str]) -> Table:
     examples = tuple(Example(TextInput(text), line, (label,)) for line, (text, label) in enumerate(rows, start=2))
     return Table("train.tsv", "digest", ProblemType.SINGLE_LABEL, InputKind.TEXT, examples)
@@ -238,7 +243,32 @@ def test_what_could_not_be_read_is_told(tmp_path: Path) -> None:
 
 
 def test_data_in_order_needs_no_sentence_and_is_counted() -> None:
-    train, dev = table(("one", "a"), ("fifteen", "b"), ("two", "a")), table(("four", "a"))
+    train, dev = table(("one", "a"), ("fifteen", "b"), ("two", "a")), table(("four", "a"), ("five", "b"))
     found = findings({"train": train, "dev": dev})
     assert found.sentences() == []
-    assert found.rows == {"train": 3, "dev": 1}
+    assert found.rows == {"train": 3, "dev": 2}
+
+
+def test_a_dev_of_few_rows_or_without_some_label_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, dev = (
+        replace(table(*rows), name=name)
+        for name, rows in (
+            ("train.tsv", [("one", "a"), ("two", "b"), ("three", "c")]),
+            ("dev.tsv", [("four", "a"), ("five", "a")]),
+        )
+    )
+    (unasked,) = findings({"train": train, "dev": dev}).sentences()
+    assert unasked.startswith("dev.tsv has no row of labels b, c: how well such texts are answered is not known")
+    monkeypatch.setattr("app.learning.splits._FEW_DEV_ROWS", 3)
+    few, _ = findings({"train": train, "dev": dev}).sentences()
+    assert few.startswith("dev.tsv has 2 rows: one answer moves its score by 50.0 points")
+
+
+def test_one_file_in_two_places_is_told_by_them() -> None:
+    same = table(("one", "a"), ("two", "b"))
+    found = findings({"train": same, "dev": same, "test": same}).sentences()
+    assert [sentence.partition(" (line")[0] for sentence in found] == [
+        "2 of 2 texts of train.tsv (dev) also stand in train.tsv (train)",
+        "2 of 2 texts of train.tsv (test) also stand in train.tsv (train)",
+        "2 of 2 texts of train.tsv (test) also stand in train.tsv (dev)",
+    ]
