@@ -66,7 +66,8 @@ def compress(
 
     `backbones`: one to train on, one in float32 to measure with. `tokens`: try this size alone. `report` is told of
     the artifact as it is, and of each size tried; `command`, as it was typed, is for the page that is written beside
-    the artifact. Returns the manifest; raises SettingsError where none is good enough.
+    the artifact. Returns the manifest; raises SettingsError where none is good enough. A user's interrupt ends the
+    trials, with the smallest that is good enough by then.
     """
     writer.check_out(out.absolute())
     writer.check_room(out.absolute())
@@ -89,10 +90,16 @@ def compress(
     original = Step(work.num_virtual_tokens, "as it was", work.dev(before), (source / TENSORS).stat().st_size)
     report(original)
     with tempfile.TemporaryDirectory(prefix="manifold-") as scratch:
-        tried = []
-        for step, folder in work.steps(Path(scratch), sizes):
-            report(step)
-            tried.append((step, folder))
+        tried: list[tuple[Step, Path]] = []
+        was_interrupted = False
+        try:
+            for step, folder in work.steps(Path(scratch), sizes):
+                report(step)
+                tried.append((step, folder))
+        except KeyboardInterrupt:
+            if not _near(tried, original, tolerance):
+                raise
+            was_interrupted = True
         chosen, folder = _choose(tried, original, tolerance, work.measure)
         story = {
             "from": artifact.digest,
@@ -101,6 +108,7 @@ def compress(
             "head": chosen.head,
             "lost": round(original.dev - chosen.dev, 5),
             "curve": [asdict(step) for step in (original, *(step for step, _ in tried))],
+            "interrupted": was_interrupted,
         }
         with writer.new_folder(out) as draft:
             shutil.copytree(folder, draft, dirs_exist_ok=True)
@@ -154,7 +162,7 @@ def _sizes(artifact: Artifact, tokens: int | None) -> list[int]:
 
 def _choose(tried: Sequence[tuple[Step, Path]], original: Step, tolerance: float, measure: str) -> tuple[Step, Path]:
     """The fewest tokens within `tolerance`; of equal number the better head."""
-    near = [pair for pair in tried if pair[0].dev >= original.dev - tolerance - 1e-9]
+    near = _near(tried, original, tolerance)
     if near:
         return min(near, key=lambda pair: (pair[0].num_virtual_tokens, -pair[0].dev))
     best = max((step for step, _ in tried), key=lambda step: step.dev)
@@ -163,6 +171,10 @@ def _choose(tried: Sequence[tuple[Step, Path]], original: Step, tolerance: float
         f"{best.num_virtual_tokens} virtual tokens, has {best.dev:.4f}; give a larger --tolerance, more training rows, "
         "or learn the task with fewer --num-virtual-tokens"
     )
+
+
+def _near(tried: Sequence[tuple[Step, Path]], original: Step, tolerance: float) -> list[tuple[Step, Path]]:
+    return [pair for pair in tried if pair[0].dev >= original.dev - tolerance - 1e-9]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -59,7 +59,10 @@ def _compress(args: argparse.Namespace) -> int:
         if len(steps) > 1:
             console.print(_curve(steps))
     _show(manifest, args.out, console)
-    return 0
+    if not manifest["compressed"]["interrupted"]:
+        return 0
+    Console(stderr=True).print("manifold compress: interrupted, the smallest so far was written", soft_wrap=True)
+    return 130
 
 
 def _typed() -> str:

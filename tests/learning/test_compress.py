@@ -301,11 +301,21 @@ def test_a_prefix_of_another_backbone(root: Path, backbone: Backbone, tmp_path: 
         compress(tmp_path / "late", files_in(root), tmp_path / "out", (backbone, backbone), Silent())
 
 
-@pytest.mark.parametrize("stage", ["1 virtual tokens", "training", "measuring"])
-def test_an_interrupt_leaves_nothing(root: Path, backbone: Backbone, tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize("stage", ["measuring the artifact as it is", "1 virtual tokens"])
+def test_an_interrupt_before_anything_is_good_leaves_nothing(
+    root: Path, backbone: Backbone, tmp_path: Path, stage: str
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         compress(root / "late", files_in(root), tmp_path / "out", (backbone, backbone), Silent(stage), tokens=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_keeps_the_smallest_so_far(root: Path, backbone: Backbone, tmp_path: Path) -> None:
+    silent, out = Silent("2 virtual tokens"), tmp_path / "out"
+    manifest = compress(root / "late", files_in(root), out, (backbone, backbone), silent, tolerance=1.0)
+    assert manifest["compressed"]["interrupted"] is True and manifest["prefixes"][0]["num_virtual_tokens"] == 3
+    assert json.loads((out / "manifest.json").read_text()) == json.loads(json.dumps(manifest))
+    read_artifact(out, backbone.spec)
 
 
 # -- as it is typed ----------------------------------------------------------------------------------------------------
