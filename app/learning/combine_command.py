@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 
 from app.domain import ReadoutKind
 from app.errors import SettingsError
-from app.learning import command, jobs
+from app.learning import command, jobs, writer
 from app.learning.combine import CHANGES, READOUTS, combine, update
 from app.learning.learn import Files
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded, numbers
@@ -68,9 +68,11 @@ def _combine(args: argparse.Namespace) -> int:
         raise SettingsError("--replace, --heads and --config go with --update DIR, the representation")
     if not args.name:
         raise SettingsError("--name must be given: it is what requests call the representation")
+    console = Console()
+    for sentence in writer.check_owner(args.out, args.name):
+        console.print(f"note: {sentence}", markup=False, soft_wrap=True)
     _, exact = backbones(args)
     manifest = combine(args.name, args.artifacts, args.out, exact, ReadoutKind(args.readout), args.read_layers)
-    console = Console()
     grid = Grid("prefix of", "virtual tokens", "from layer", "digest")
     for entry in manifest["prefixes"]:
         grid.add_row(entry["task"], str(entry["num_virtual_tokens"]), str(entry["first_layer"]), entry["digest"][:19])

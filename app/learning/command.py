@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from app.domain import BackboneSpec, ProblemType, ReadoutKind
-from app.engine.artifact import MANIFEST, TENSORS
+from app.engine.artifact import CONFIG, MANIFEST, TENSORS
 from app.errors import SettingsError
 from app.learning import jobs, writer
 from app.learning.compose import usable
@@ -20,9 +20,9 @@ from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
 from app.learning.problems import CHOICES
 from app.learning.recipe import Recipe
-from app.learning.reporting import REPORT
 from app.learning.search import Arrangement
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded, numbers
+from app.learning.writer import REPORT
 
 _DESCRIPTION = """Learn a task from labelled texts and write its artifact.
 
@@ -174,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
         Console().print(jobs.next_step(args.out), markup=False, soft_wrap=True)
     if not was_interrupted:
         return 0
-    Console(stderr=True).print("manifold learn: interrupted, the best so far was written", soft_wrap=True)
+    Console(stderr=True).print(f"manifold learn: interrupted, {jobs.BEST_WRITTEN}", soft_wrap=True)
     return 130
 
 
@@ -231,7 +231,7 @@ def _options(args: argparse.Namespace, spec: BackboneSpec) -> Options:
 
 def _artifacts(path: Path, spec: BackboneSpec, task: str) -> list[Path]:
     """The artifact, or those with a prefix in a folder of artifacts."""
-    is_artifact = any((path / name).is_file() for name in (MANIFEST, "adapter_config.json"))
+    is_artifact = any((path / name).is_file() for name in (MANIFEST, CONFIG))
     return [path] if is_artifact or not path.is_dir() else usable(path, spec, task)
 
 

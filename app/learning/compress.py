@@ -74,7 +74,7 @@ def compress(
     if out.resolve() == source.resolve():
         raise SettingsError(f"{out} is the artifact itself: name another folder with --out")
     artifact = _read(source, backbones[1].spec)
-    watcher.notice(list(filter(None, [writer.check_owner(out, artifact.manifest["task"])])))
+    watcher.notice(writer.check_owner(out, artifact.manifest["task"]))
     sizes = _sizes(artifact, tokens)
     if not tolerance >= 0:
         raise SettingsError("--tolerance is out of range: give points of the dev score, 0 or more")

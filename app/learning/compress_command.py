@@ -14,8 +14,8 @@ from rich.table import Table as Grid
 from app.engine.artifact import TENSORS
 from app.learning.compress import Step, compress
 from app.learning.learn import Files
-from app.learning.reporting import REPORT
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
+from app.learning.writer import REPORT
 
 _DESCRIPTION = """Write a smaller version of an artifact: fewer virtual tokens, in half precision.
 

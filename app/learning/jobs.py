@@ -42,7 +42,7 @@ _NOT_OF_A_TASK = {"help", "config", "jobs"}
 _OF_ONE_TASK = {"task", "out"}
 _FILES = ("train", "dev", "test")
 
-_BEST_WRITTEN = "the best so far was written"
+BEST_WRITTEN = "the best so far was written"  # what an interrupted run says last, where it is so
 
 _Value = str | bool
 _KINDS: dict[object, tuple[tuple[type, ...], str]] = {
@@ -270,7 +270,7 @@ class _Run:
     @property
     def is_written(self) -> bool:
         """An artifact of this run is there: an interrupted one may have left its best so far."""
-        return self.state is _State.DONE or (self.state is _State.INTERRUPTED and _BEST_WRITTEN in self.last_error)
+        return self.state is _State.DONE or (self.state is _State.INTERRUPTED and BEST_WRITTEN in self.last_error)
 
     @property
     def seconds(self) -> float:

@@ -126,7 +126,7 @@ def learn(
     study = Study(tables, backbone, tokenizer, watcher)
     golden = read_inputs(options.golden, tables.train.input_kind) if options.golden is not None else []
     noticed = findings(tables.named, tables.whole)
-    watcher.notice([*filter(None, [replaced]), *noticed.sentences()])
+    watcher.notice([*replaced, *noticed.sentences()])
     study.completed(recipe)  # what cannot work is told before anything is tried
     limit = limit_tokens(backbone.spec, cache_plan(recipe, read_frozen(recipe, backbone.spec)))
     watcher.notice(told_of_truncated(tables.named.values(), limit))

@@ -31,8 +31,8 @@ from app.learning.recipe import Recipe
 from app.learning.report import render
 from app.learning.search import Found
 from app.learning.study import Fitted, Study, Tables
+from app.learning.writer import REPORT
 
-REPORT = "report.html"
 _MAX_MISTAKES = 15
 
 

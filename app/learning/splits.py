@@ -219,7 +219,8 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
     train = whole or tables["train"]
     others = {name: table for name, table in tables.items() if name != "train"}
     compared = others if whole is None else {name: table for name, table in others.items() if name != "dev"}
-    groups = {name: _same_texts(table.examples) for name, table in {"train": train, **compared}.items()}
+    files = {"train": train, **compared}
+    groups = {name: _same_texts(table.examples) for name, table in files.items()}
     known = {_identity(train.examples[group[0]].text) for group in groups["train"]}
     in_dev = {_identity(text) for text in compared["dev"].texts} if {"dev", "test"} <= compared.keys() else set()
     return Findings(
@@ -227,10 +228,7 @@ def findings(tables: Mapping[str, Table], whole: Table | None = None) -> Finding
         rows={name: len(table.examples) for name, table in tables.items()},
         overlaps={name: _overlap(table, known) for name, table in compared.items()},
         in_dev=_overlap(compared["test"], in_dev) if in_dev else Overlap(0, ()),
-        contradictions={
-            name: _contradictions((train if name == "train" else compared[name]).examples, same)
-            for name, same in groups.items()
-        },
+        contradictions={name: _contradictions(files[name].examples, same) for name, same in groups.items()},
         unopened=_unopened(train),
         unasked=_unasked(tables["train"], tables.get("dev")),
         unreadable={name: _left_out(table) for name, table in tables.items()},

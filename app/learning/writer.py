@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from app.domain import BackboneSpec, ProblemType
-from app.engine.artifact import MANIFEST, TENSORS
+from app.engine.artifact import FILES, MANIFEST, TENSORS
 from app.errors import DataError, SettingsError
 
 STORED = torch.float16
 _ROOM_BYTES = 8_000_000  # asked for before hours of training: most artifacts take a megabyte
-_OF_AN_ARTIFACT = {MANIFEST, TENSORS, "adapter_config.json", "report.html", "README.md"}
+REPORT = "report.html"
+_OF_AN_ARTIFACT = {*FILES, REPORT, "README.md"}  # the last as PEFT leaves it
 _NUMBERS = re.compile(r"\[\n[-\d.eE+,\s]*\]")  # of numbers; no text matches: JSON escapes its line breaks
 
 
@@ -39,12 +40,14 @@ def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
     where something else is there.
     """
     out = out.absolute()
-    check_out(out)
+    _check_content(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise SettingsError(f"{out.parent} cannot be written: {error.strerror}") from error
+        raise SettingsError(
+            f"{out.parent} cannot be written: {error.strerror}; name another folder with {option}"
+        ) from error
     try:
         yield draft
         draft.chmod(0o755)
@@ -59,6 +62,15 @@ def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
 
 def check_out(out: Path) -> None:
     """Raise SettingsError where `out` cannot be written, or holds something that is not an artifact alone."""
+    _check_content(out)
+    there = next(folder for folder in out.parents if folder.exists())
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=there)).rmdir()
+    except OSError as error:
+        raise SettingsError(f"{there} cannot be written: {error.strerror}; name another folder with --out") from error
+
+
+def _check_content(out: Path) -> None:
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not is_empty and not (out / MANIFEST).is_file():
         raise SettingsError(f"{out} exists and is no artifact: name a new folder with --out")
@@ -70,20 +82,15 @@ def check_out(out: Path) -> None:
             f"{out} would be replaced, and holds {', '.join(foreign[:3])}, which is of no artifact: "
             "name a folder of its own with --out"
         )
-    there = next(folder for folder in out.parents if folder.exists())
-    try:
-        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=there)).rmdir()
-    except OSError as error:
-        raise SettingsError(f"{there} cannot be written: {error.strerror}; name another folder with --out") from error
 
 
-def check_owner(out: Path, task: str) -> str:
-    """What is at `out` in a sentence, where it is an earlier version of `task` and will be replaced; else "".
+def check_owner(out: Path, task: str) -> list[str]:
+    """A sentence where an earlier version of `task` is at `out`, which will be replaced.
 
     Raises SettingsError where it is another task's.
     """
     if not (out / MANIFEST).is_file():
-        return ""
+        return []
     try:
         owner = json.loads((out / MANIFEST).read_text("utf-8")).get("task")
     except (OSError, ValueError, AttributeError):
@@ -91,7 +98,7 @@ def check_owner(out: Path, task: str) -> str:
     if owner != task:
         whose = f'is an artifact of "{owner}"' if isinstance(owner, str) else "is an artifact that cannot be read"
         raise SettingsError(f"{out} {whose}: name a folder of its own with --out")
-    return f"{out} holds {task} already, which is replaced at the end"
+    return [f"{out} holds {task} already, which is replaced at the end"]
 
 
 def check_room(out: Path) -> None:
