@@ -165,6 +165,10 @@ class Study:
         plans = [cache_plan(recipe, read_frozen(recipe, self.backbone.spec)) for recipe in recipes]
         by_key: dict[_Key, list[CachePlan]] = defaultdict(list)
         for plan in plans:
+            below = _below(plan, _wanted([plan]))
+            if below:
+                by_key[_TRUNK].append(CachePlan(tuple(sorted(below))))
+        for plan in plans:
             by_key[_key(plan)].append(plan)
         for alike in by_key.values():
             for name in splits:
@@ -265,8 +269,9 @@ class Study:
             self._views[_key(plan)] = _part_of(self._whole._views[_key(plan)], self._rows)
             return
         states = self._views[_key(plan)].states[name]
-        wanted = {layer for p in plans for layer in p.cached_reads}
-        wanted |= {p.fork_layer for p in plans if p.fork_layer is not None}
+        wanted = _wanted(plans)
+        if wanted - set(states):
+            self._take_from_trunk(name, plan, _below(plan, wanted))
         layers = tuple(sorted(wanted - set(states) - {0}))
         if layers:
             states |= self._run(name, plan, CachePlan(layers, None, plan.prefixes, plan.position_offset)).reads
@@ -274,6 +279,15 @@ class Study:
             embedded = self._run(name, plan, CachePlan((), 0, plan.prefixes, plan.position_offset)).fork
             assert embedded is not None
             states[0] = embedded
+
+    def _take_from_trunk(self, name: str, plan: CachePlan, below: set[int]) -> None:
+        if not below:
+            return
+        self._compute(name, [CachePlan(tuple(sorted(below)))])
+        own, trunk = self._views[_key(plan)], self._views[_TRUNK]
+        own.states[name] |= {layer: trunk.states[name][layer] for layer in below}
+        own.encodings[name], own.targets[name] = trunk.encodings[name], trunk.targets[name]
+        own.extents[name] = trunk.extents[name]
 
     def _run(self, name: str, plan: CachePlan, keep: CachePlan) -> StateCache:
         encodings = self._encode(name, plan)
@@ -315,6 +329,19 @@ def _part_of(view: _View, rows: Mapping[str, Sequence[int]]) -> _View:
             starts, lengths = view.extents[name]
             part.extents[name] = starts[index], lengths[index]
     return part
+
+
+def _wanted(plans: Iterable[CachePlan]) -> set[int]:
+    """Layers, as numbers of those passed."""
+    return {layer for plan in plans for layer in (*plan.cached_reads, plan.fork_layer) if layer is not None}
+
+
+def _below(plan: CachePlan, wanted: set[int]) -> set[int]:
+    """Layers of `plan` that are as in the bare trunk, which is run once for all: those up to its first prefix."""
+    first = min((prefix.first_layer for prefix in plan.prefixes), default=0)
+    if not first or plan.position_offset:
+        return set()
+    return {layer for layer in wanted if layer < first} | {first}
 
 
 def _key(plan: CachePlan) -> _Key:
