@@ -45,9 +45,9 @@ from app.learning.experiment_plan import (
     cells,
     made_of,
     measure_of,
-    steps,
+    unfinished,
 )
-from app.learning.finetune import Texts, finetune, whole_logits
+from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logits
 from app.learning.multitask import Together, finetune_together, train_shared_prefix, write_prefix
 from app.learning.recipe import Recipe
 from app.learning.splits import findings, sampled_rows, subsample
@@ -121,7 +121,7 @@ class Experiment:
     work: Path  # what is trained lies here, a folder each
 
     def run(self) -> None:
-        for step in steps(self.plan):
+        for step in unfinished(self.plan, self.results.found):
             self.take(step)
 
     def take(self, step: Step) -> None:
@@ -180,7 +180,7 @@ class Experiment:
                 own[ATTENTION], self._fitted(study, self._head(study, ATTENTION, (folder,), seed, source), source)[0]
             )
         if self._missing([ceiling]):
-            self._add(ceiling, self._full(study, source, seed))
+            self._add(ceiling, self._full(study, source, seed, self.plan.finetuning))
 
     def prefix_recipe(self, source: str, seed: int) -> Recipe:
         """How a source's own prefix is trained: under a linear head, so that all that is learned is in the states."""
@@ -218,18 +218,17 @@ class Experiment:
         tokens = round(num_tokens * (trunk + fitted.epochs[-1].number * (1 - trunk)))
         return replace(outcome, num_parameters=prefix.numel(), tokens=tokens), fitted
 
-    def _full(self, study: Study, task: str, seed: int) -> Outcome:
+    def _full(self, study: Study, task: str, seed: int, settings: FinetuneSettings) -> Outcome:
         """The whole backbone fine-tuned for one task."""
         texts = {name: Texts(*study.texts(name)) for name in study.tables.named}
         tables, device = study.tables, study.backbone.device
-        settings = replace(self.plan.finetuning, seed=seed)
         both = texts["train"], texts["dev"]
         tuned = finetune(
             self.backbone.path,
             both,
             tables.problem_type,
             tables.labels,
-            settings,
+            replace(settings, seed=seed),
             device,
             dtype=self.backbone.dtype,
             measure=self._measure(task),
@@ -280,21 +279,29 @@ class Experiment:
 
     # -- targets
 
-    def _targets(self, name: str, seed: int) -> None:
-        """Light heads of all targets on one representation."""
-        wanted = [c for c in cells(self.plan) if c.part is Part.TARGET and (c.seed, c.representation) == (seed, name)]
-        if not self._missing(wanted):
-            return
-        backbone, prefixes = self._representation(name, seed)
-        for target in self.plan.targets:
-            missing = self._missing([cell for cell in wanted if cell.task == target])
-            if missing:
-                self._target(target, self._study(self.sets.target(target, seed), backbone), prefixes, missing)
+    def _targets(self, target: str, seed: int) -> None:
+        """Light heads of one target on all representations. What these have in common of the encoder runs once."""
+        of_target = (c for c in cells(self.plan) if c.part is Part.TARGET and (c.seed, c.task) == (seed, target))
+        missing = self._missing([cell for cell in of_target if cell.representation != CEILING])
+        study = self._study(self.sets.target(target, seed))
+        for name in dict.fromkeys(cell.representation for cell in missing):
+            backbone, prefixes = self._representation(name, seed)
+            own = study if backbone is self.backbone else self._study(study.tables, backbone)
+            self._target(target, own, prefixes, [cell for cell in missing if cell.representation == name])
 
     def _ceiling(self, target: str, seed: int) -> None:
-        cell = Cell(Part.TARGET, seed, target, CEILING)
-        if self._missing([cell]):
-            self._add(cell, self._full(self._study(self.sets.target(target, seed)), target, seed))
+        missing = self._missing([Cell(Part.TARGET, seed, target, CEILING, examples=n) for n in self.plan.sizes])
+        if missing:
+            study = self._study(self.sets.target(target, seed))
+            for cell in missing:
+                part = study.part(self._rows(study.tables, cell))
+                self._add(cell, self._full(part, target, seed, self._finetuning(part)))
+
+    def _finetuning(self, study: Study) -> FinetuneSettings:
+        """Few rows are gone through more often."""
+        settings = self.plan.finetuning
+        steps = math.ceil(len(study.tables.train.examples) / settings.batch_size)
+        return replace(settings, epochs=max(settings.epochs, math.ceil(self.plan.least_steps / steps)))
 
     def _representation(self, name: str, seed: int) -> tuple[Backbone, tuple[Path, ...]]:
         """The frozen encoder and the prefixes that stand in it."""
@@ -321,6 +328,7 @@ class Experiment:
             outcome, _ = self._fitted(part, self._head(part, cell.readout, prefixes, seed, target), target)
             self._add(cell, replace(outcome, seconds=round(outcome.seconds + waited, 2)))
             waited = 0.0
+        study.forget(self._head(study, LINEAR, prefixes, seed, target))
 
     def _rows(self, tables: Tables, cell: Cell) -> dict[str, list[int]]:
         """Which rows of train and dev a size takes."""

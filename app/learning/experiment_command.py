@@ -29,6 +29,7 @@ from app.learning.experiment_plan import (
     Told,
     cells,
     steps,
+    unfinished,
     wide,
 )
 from app.learning.experiment_workers import Work, run_steps
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=_examples,
         metavar="N,N,all",
-        help="of a target, to train on; with all also its full fine-tuning; default 16,100,all, else 16,100",
+        help="of a target, to train on; default 16,100,all, with --quick or --rows 16,100",
     )
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run was interrupted")
     parser.add_argument(
@@ -111,7 +112,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     elif args.rows:
         plan = wide(args.rows)
     if args.examples:
-        plan = replace(plan, sizes=args.examples, with_ceiling=ALL in args.examples)
+        plan = replace(plan, sizes=args.examples, with_ceiling=plan.with_ceiling or ALL in args.examples)
     return replace(plan, seeds=args.seeds) if args.seeds else plan
 
 
@@ -132,7 +133,8 @@ def _run(args: argparse.Namespace) -> int:
         ledger = Told(results, screen.finished)
         try:
             if args.jobs > 1:
-                run_steps(list(steps(plan)), args.jobs, partial(_prepared, args, plan), ledger)
+                left = unfinished(plan, results.found)
+                run_steps(left, args.jobs, partial(_prepared, args, plan), ledger)
             else:
                 _experiment(args, plan, sets, backbone, ledger).run()
         except KeyboardInterrupt:

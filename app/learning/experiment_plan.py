@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -64,8 +64,8 @@ class Plan:
     test_rows: int | None = None
     few_dev_rows: int = 200  # of a target's dev set, but with all its examples
     head_epochs: int = 15
-    least_steps: int = 200  # of a head
-    with_ceiling: bool = True  # targets fine-tuned in full
+    least_steps: int = 200  # of a head, and of a target's full fine-tuning
+    with_ceiling: bool = True  # targets fine-tuned in full, from each number of examples
 
 
 FULL = Plan(
@@ -91,7 +91,8 @@ QUICK = Plan(
 
 def wide(source_rows: int) -> Plan:
     """All sets, as the full plan has them, each learned as the quick plan does."""
-    return replace(QUICK, sources=FULL.sources, targets=FULL.targets, seeds=FULL.seeds, source_rows=source_rows)
+    quick = replace(QUICK, sources=FULL.sources, targets=FULL.targets, seeds=FULL.seeds, with_ceiling=True)
+    return replace(quick, source_rows=source_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def cells(plan: Plan) -> Iterator[Cell]:
             for name in representations(plan):
                 yield from (Cell(Part.TARGET, seed, target, name, r, size) for size in plan.sizes for r in READOUTS)
             if plan.with_ceiling:
-                yield Cell(Part.TARGET, seed, target, CEILING)
+                yield from (Cell(Part.TARGET, seed, target, CEILING, examples=size) for size in plan.sizes)
 
 
 class Kind(StrEnum):
@@ -164,7 +165,7 @@ class Kind(StrEnum):
     SHARED = "training of"
     WHOLE = "fine-tuning of"
     SOURCE = "source"
-    TARGETS = "heads on"
+    TARGETS = "heads for"
     CEILING = "full fine-tuning for"
 
 
@@ -174,7 +175,7 @@ class Step:
 
     kind: Kind
     seed: int
-    name: str  # a source, a target, or a representation
+    name: str  # a source, a target, or what is trained on several
     needs: tuple[Step, ...] = ()
 
     def __str__(self) -> str:
@@ -189,12 +190,17 @@ def steps(plan: Plan) -> Iterator[Step]:
             for name in (called, without_last(called, plan)):
                 trained[name] = Step(kind, seed, name)
         sources = {source: Step(Kind.SOURCE, seed, source) for source in plan.sources}
-        yield from (*trained.values(), *sources.values())
-        for name in representations(plan):
-            own = tuple(sources[source] for source in made_of(name, plan))
-            yield Step(Kind.TARGETS, seed, name, (trained[name],) if name in trained else own)
+        first = (*trained.values(), *sources.values())
+        yield from first
+        yield from (Step(Kind.TARGETS, seed, target, first) for target in plan.targets)
         if plan.with_ceiling:
             yield from (Step(Kind.CEILING, seed, target) for target in plan.targets)
+
+
+def unfinished(plan: Plan, found: Container[Cell]) -> list[Step]:
+    """Of seeds of which something is missing all steps: what is trained is needed for what is not found yet."""
+    seeds = {cell.seed for cell in cells(plan) if cell not in found}
+    return [step for step in steps(plan) if step.seed in seeds]
 
 
 def measure_of(task: str, problem_type: ProblemType) -> str:

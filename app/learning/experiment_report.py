@@ -95,7 +95,7 @@ def _source_scores(story: Story, source: str, name: str, readout: str) -> _Value
 
 def _scores(story: Story, target: str, name: str, readout: str, examples: int) -> _Values:
     if name == CEILING:
-        readout, examples = "", ALL
+        readout = ""
     if name == BEST_SINGLE:
         return [_best_single(story, seed, target, readout, examples).score for seed in story.plan.seeds]
     return [story.found[Cell(Part.TARGET, s, target, name, readout, examples)].score for s in story.plan.seeds]
@@ -280,8 +280,7 @@ def _averages(story: Story) -> str:
     header = ["representation", *(f"{readout}, {_size(size)}" for readout, size in columns)]
     rows = [[name, *(_shown(_average(story, name, r, n)) for r, n in columns)] for name in _names(plan)]
     if plan.with_ceiling:
-        full = _shown(_average(story, CEILING, "", ALL))
-        rows.append([CEILING, *(full if (r, n) == (LINEAR, ALL) else "" for r, n in columns)])
+        rows.append([CEILING, *(_shown(_average(story, CEILING, r, n)) if r == LINEAR else "" for r, n in columns)])
     return _grid(header, rows)
 
 
@@ -292,8 +291,8 @@ def _each_target(story: Story, size: int) -> str:
         for readout in READOUTS
         for name in _names(plan)
     ]
-    if plan.with_ceiling and size == ALL:
-        rows.append([CEILING, *(_shown(_scores(story, target, CEILING, "", ALL)) for target in plan.targets)])
+    if plan.with_ceiling:
+        rows.append([CEILING, *(_shown(_scores(story, target, CEILING, "", size)) for target in plan.targets)])
     return _grid(["representation", *plan.targets], rows)
 
 
@@ -329,8 +328,9 @@ def _update(story: Story) -> str:
         [
             f"## The update: {plan.sources[-1]} arrives after the other {len(plan.sources) - 1}",
             "Each way changes the representation, so the heads of all targets are fitted anew in each: their seconds "
-            f"are those of both readouts of all targets with {_size(plan.sizes[-1])}. Tokens are counted in training "
-            "alone; one that passes a part of the layers counts as that part.",
+            f"are those of both readouts of all targets with {_size(plan.sizes[-1])}, without the layers below a "
+            "prefix, which run once for all. Tokens are counted in training alone; one that passes a part of the "
+            "layers counts as that part.",
             _grid(header, costs),
             "Mean target score, before → after:",
             _grid(["representation, readout", *sizes], scores),
@@ -490,11 +490,15 @@ def _readouts(story: Story) -> str:
 
 def _ceiling(story: Story) -> str:
     options = [(name, readout) for name in (BARE, BEST_SINGLE, *TOGETHER) for readout in READOUTS]
-    best = max(options, key=lambda option: mean(_average(story, option[0], option[1], ALL)))
-    difference = _difference(story, best, (CEILING, ""), ALL)
+    pieces = []
+    for size in story.plan.sizes:
+        means = {option: mean(_average(story, *option, size)) for option in options}
+        best = max(options, key=means.__getitem__)
+        difference = _difference(story, best, (CEILING, ""), size)
+        pieces.append(f"{_points(difference)} with {_size(size)} ({best[0]}, {best[1]})")
     return (
-        f"With all examples the best fixed representation ({best[0]}, {best[1]}) is at {_points(difference)} points "
-        "against full fine-tuning of a backbone for each target."
+        "The best fixed representation against full fine-tuning of a backbone for each target, in points: "
+        f"{', '.join(pieces)}."
     )
 
 
@@ -529,19 +533,18 @@ def _targets_plot(story: Story) -> str:
     left, top, width, height = _PANEL
     svg = _svg(2 * (left + width) + 30, top + height + 60 + 18 * math.ceil(len(names) / 3))
     every = [v for n in _LINES for r in READOUTS for size in plan.sizes for v in _average(story, n, r, size)]
-    ceiling = _average(story, CEILING, "", ALL) if plan.with_ceiling else []
-    y = _scale([*every, *ceiling], top + height, top)
+    if plan.with_ceiling:
+        every += [v for size in plan.sizes for v in _average(story, CEILING, "", size)]
+    y = _scale(every, top + height, top)
     for index, readout in enumerate(READOUTS):
         start = left + index * (left + width)
         x = _Scale(0, max(1, len(plan.sizes) - 1), start + 30, start + width - 30)
         _frame(svg, start, y, f"{_how(readout)}: mean score over targets")
         for place, size in enumerate(plan.sizes):
             _text(svg, _size(size), x.at(place), top + height + 18, "middle")
-        for nudge, name in enumerate(_LINES):
+        for nudge, name in enumerate(names):
             values = [_average(story, name, readout, size) for size in plan.sizes]
             _series(svg, [(x.at(i) + 3 * (nudge - 2), v) for i, v in enumerate(values)], y, _COLOURS[name])
-        if ceiling:
-            _series(svg, [(x.at(len(plan.sizes) - 1) + 12, ceiling)], y, _COLOURS[CEILING])
     _legend(svg, names, top + height + 45)
     return tostring(svg, encoding="unicode") + "\n"
 

@@ -22,6 +22,7 @@ from app.learning.trainer import shuffled
 
 _MAX_GRADIENT_NORM = 1.0
 _EVALUATION_ROWS = 64
+_LOOK_SHARE = 3  # a step of training takes about three times a look at as many rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ def finetune(
 ) -> Finetuned:
     """Train all weights; the epoch best on dev is kept. `report` is told of (epoch, dev measure).
 
+    Where dev is much larger than train, it is not looked at behind each epoch: looks take as long as training at most.
     `dtype`: of the layers' products, as `WholeModel` takes it. `measure`: of dev, as `dev_figure` takes it.
     """
     began = time.perf_counter()
@@ -123,7 +125,7 @@ def finetune(
         optimizer, lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
     )
     transitions = Chain.of(train.tagged, labels).transitions() if is_token else None
-    best, kept, tokens = -math.inf, {}, 0
+    best, kept, tokens, num_unseen = -math.inf, {}, 0, 0
     for epoch in range(1, settings.epochs + 1):
         model.train()
         for batch in shuffled(train.lengths, settings.batch_size, generator):
@@ -135,6 +137,10 @@ def finetune(
             optimizer.step()
             schedule.step()
             tokens += sum(len(train.encodings[row]) for row in rows)
+        num_unseen += len(train.encodings)
+        if num_unseen * _LOOK_SHARE < len(dev.encodings) and epoch < settings.epochs:
+            continue
+        num_unseen = 0
         logits, gold, counts = whole_logits(model, dev, device)
         figure = dev_figure(problem_type, logits, gold, labels, counts, transitions, measure)
         report(epoch, figure)

@@ -31,9 +31,13 @@ from app.learning.experiment_plan import (
     Results,
     Told,
     cells,
+    steps,
+    unfinished,
     wide,
 )
 from app.learning.finetune import FinetuneSettings
+from app.learning.splits import sampled_rows
+from app.learning.study import Quiet, Study
 from tests.learning import samples
 
 PLAN = Plan(
@@ -111,6 +115,29 @@ def test_a_finished_run_computes_nothing(finished: tuple[Run, Results], data: Pa
     assert again.done == []
 
 
+def test_what_is_left_of_a_finished_seed_is_nothing(finished: tuple[Run, Results], tmp_path: Path) -> None:
+    run, results = finished
+    found = dict(results.found)
+    assert unfinished(PLAN, found) == []
+    del found[Cell(Part.TARGET, 1, "kinds", CEILING)]
+    assert unfinished(PLAN, found) == [step for step in steps(PLAN) if step.seed == 1]
+
+
+def test_results_without_what_was_trained_go_on(
+    finished: tuple[Run, Results], data: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    run, results = finished
+    lines = (run.folder / "results.jsonl").read_text().splitlines(keepends=True)
+    last = [line for line in lines[1:] if '"seed": 1' in line and '"target"' in line][-3:]
+    (tmp_path / "results.jsonl").write_text("".join(line for line in lines if line not in last))
+    again = Run(tmp_path, data, backbone)
+    found = again(resume=True).found
+    assert len(again.done) == 3 and not (tmp_path / "work" / "seed0").exists()
+    assert {cell: outcome.score for cell, outcome in found.items()} == {
+        cell: outcome.score for cell, outcome in results.found.items()
+    }
+
+
 def test_the_tuned_backbone_is_another_representation(finished: tuple[Run, Results]) -> None:
     run, results = finished
     tuned = Backbone.load(str(run.folder / "work" / "seed0" / "whole-backbone"), "cpu", "float32")
@@ -125,6 +152,17 @@ def test_costs_are_counted_in_passes(finished: tuple[Run, Results]) -> None:
     # the layer below the fork once, the two above it in each of two epochs, against all three in one epoch
     assert one.tokens == round(full.tokens * (1 / 3 + 2 * 2 / 3))
     assert one.num_parameters == 2 * 2 * 3 * 32  # layers, keys and values, virtual tokens, width
+
+
+def test_targets_are_fine_tuned_from_few_examples_too(finished: tuple[Run, Results]) -> None:
+    run, results = finished
+    study = Study(run.sets.target("kinds", 0), run.backbone, TextTokenizer(run.backbone.path), Quiet())
+    lengths = [len(encoding) for encoding in study.texts("train")[0]]
+    drawn = sum(lengths[row] for row in sampled_rows(study.tables.train, 16, 0))
+    few, every = (results.found[Cell(Part.TARGET, 0, "kinds", CEILING, examples=size)] for size in (16, ALL))
+    assert few.tokens == 4 * drawn  # a step an epoch, and four steps at least
+    assert every.tokens == 2 * sum(lengths)  # two steps an epoch
+    assert few.score != every.score
 
 
 def story(run: Run, results: Results) -> experiment_report.Story:
@@ -319,7 +357,7 @@ def test_a_number_of_rows_keeps_all_sets_and_few_examples_of_each(
     every = experiment_command.plan_of(argparse.Namespace(**vars(few) | {"examples": (16, ALL)}))
     assert (every.sizes, every.with_ceiling, every.source_rows) == ((16, ALL), True, 800)
     assert (plan.sources, plan.targets, plan.seeds) == (FULL.sources, FULL.targets, FULL.seeds)
-    assert (plan.source_rows, plan.sizes, plan.with_ceiling) == (800, (16, 100), False)
+    assert (plan.source_rows, plan.sizes, plan.with_ceiling) == (800, (16, 100), True)
     monkeypatch.setattr(
         experiment_command, "wide", lambda rows: replace(PLAN, source_rows=rows, sizes=(16,), with_ceiling=False)
     )

@@ -37,6 +37,19 @@ def test_logits_stand_in_the_order_of_the_texts(tmp_path: Path, backbone: Backbo
     assert torch.equal(targets, texts.targets[texts.targets != IGNORED] if is_token else texts.targets)
 
 
+def test_a_large_dev_set_is_looked_at_no_longer_than_is_trained(tmp_path: Path, backbone: Backbone) -> None:
+    study = study_of(tmp_path, backbone, is_token=False)
+    train, dev = (Texts(*study.texts(name)) for name in ("train", "dev"))
+    few = Texts(train.encodings[:5], train.targets[:5])
+    assert len(dev.encodings) == 60
+    looks: list[int] = []
+    settings = FinetuneSettings(epochs=9)
+    kind, labels = study.tables.problem_type, study.tables.labels
+    tuned = finetune(backbone.path, (few, dev), kind, labels, settings, CPU, lambda epoch, _: looks.append(epoch))
+    assert looks == [4, 8, 9]  # 20 rows are trained between, each of which counts as three of dev
+    assert tuned.tokens == 9 * int(few.lengths.sum())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_learns_in_either_precision(tmp_path: Path, backbone: Backbone, dtype: torch.dtype) -> None:
     study = study_of(tmp_path, backbone, is_token=False)
