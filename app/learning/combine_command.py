@@ -12,7 +12,7 @@ from rich.table import Table as Grid
 
 from app.domain import ReadoutKind
 from app.errors import SettingsError
-from app.learning import command, jobs, writer
+from app.learning import command, jobs_file, writer
 from app.learning.combine import CHANGES, READOUTS, combine, update
 from app.learning.learn import Files
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded, numbers
@@ -104,7 +104,7 @@ def _update(args: argparse.Namespace) -> int:
 def _files(config: Path) -> dict[str, Files]:
     parser = argparse.ArgumentParser(prog="manifold learn")
     command.add_arguments(parser)
-    read = (parser.parse_args(job.arguments) for job in jobs.read_jobs(config, parser))
+    read = (parser.parse_args(job.arguments) for job in jobs_file.read_jobs(config, parser))
     return {args.task: Files(args.train, args.dev, args.test) for args in read}
 
 

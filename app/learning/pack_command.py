@@ -16,8 +16,8 @@ from rich.text import Text
 
 from app.domain import ProblemType
 from app.errors import SettingsError
-from app.learning import command, jobs
-from app.learning.pack import Limits, Member, check
+from app.learning import command, jobs_file
+from app.learning.pack_tasks import Limits, Member, check
 from app.learning.release import conclusions, cost, curve_rows, propose, task_rows
 from app.learning.study import Files, Watcher
 from app.learning.terminal import Screen, add_machine_arguments, backbones, guarded
@@ -105,7 +105,7 @@ def _members(config: Path, names: Sequence[str] | None) -> list[Member]:
     """The tasks of the file, or those named. Raises SettingsError."""
     parser = argparse.ArgumentParser("manifold learn")
     command.add_arguments(parser)
-    parsed = [parser.parse_args(job.arguments) for job in jobs.read_jobs(config, parser)]
+    parsed = [parser.parse_args(job.arguments) for job in jobs_file.read_jobs(config, parser)]
     known = {given.task: given for given in parsed}
     unknown = [name for name in names or () if name not in known]
     if unknown:

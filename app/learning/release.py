@@ -19,19 +19,18 @@ from app.learning import drawing, writer
 from app.learning.drawing import Mark
 from app.learning.learn import Options, learn
 from app.learning.notes import Notes, key_of
-from app.learning.pack import (
+from app.learning.pack import Search, made_from
+from app.learning.pack_tasks import (
     NEAR,
     TRUNK,
     Limits,
     Member,
     PrefixTuple,
-    Search,
     Source,
     State,
     Task,
     check,
     find_live,
-    made_from,
     named,
     prefixes_of,
     read_tasks,

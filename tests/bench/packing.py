@@ -25,7 +25,7 @@ from app.engine.backbone import Backbone, set_threads
 from app.engine.host_memory import keep_freed_memory
 from app.learning.data import Table, read_table
 from app.learning.learn import Files, Options, learn
-from app.learning.pack import Limits, Member
+from app.learning.pack_tasks import Limits, Member
 from app.learning.recipe import Recipe
 from app.learning.release import RELEASE, conclusions, cost, curve_plot, curve_rows, markdown, propose, task_rows
 from app.learning.splits import subsample

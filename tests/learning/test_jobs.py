@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from app.errors import SettingsError
-from app.learning import command, jobs
+from app.learning import command, jobs, jobs_file
 from tests.learning import samples
 from tests.serving import wait_for
 
@@ -158,7 +158,7 @@ def test_arguments_are_what_the_tables_say(write: Write, tmp_path: Path, parser:
         model = "own"
         out = "there"
     """
-    spam, other = jobs.read_jobs(write(tasks), parser)
+    spam, other = jobs_file.read_jobs(write(tasks), parser)
     first, second = parser.parse_args(spam.arguments), parser.parse_args(other.arguments)
     assert (first.task, first.train, first.out) == ("spam", tmp_path / "train.tsv", tmp_path / "out" / "spam")
     assert (first.batch_size, first.learning_rate, first.baselines, first.full_finetune) == (4, 1e-3, False, True)

@@ -26,7 +26,7 @@ from app.errors import DataError
 from app.learning import evaluation, pack_command
 from app.learning.data import read_table
 from app.learning.learn import Files, Options, learn
-from app.learning.pack import Limits, Member
+from app.learning.pack_tasks import Limits, Member
 from app.learning.recipe import Recipe
 from app.learning.release import propose
 from app.learning.study import Fitted, Study
@@ -287,8 +287,8 @@ def test_a_linear_head_is_taken_where_an_attention_readout_learns_too_slowly(
 def test_a_large_task_is_searched_on_a_part_and_learned_on_all(
     packed: Packed, tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.learning.pack._SEARCH_ROWS", 40)
-    monkeypatch.setattr("app.learning.pack._SEARCH_DEV_ROWS", 20)
+    monkeypatch.setattr("app.learning.pack_tasks._SEARCH_ROWS", 40)
+    monkeypatch.setattr("app.learning.pack_tasks._SEARCH_DEV_ROWS", 20)
     watcher = Silent()
     members = [Member(recipe(name, **WEAK), packed.files[name]) for name in ("mood", "twin")]
     release = propose(members, packed.live, tmp_path / "out", (backbone, backbone), watcher, Limits(TOLERANCE))
