@@ -81,6 +81,17 @@ class Recipe:
         del settings["task"], settings["prefixes"]
         return settings | {"read_layers": list(self.read_layers)}
 
+    def applying(self) -> dict[str, Any]:
+        """The settings of a completed recipe that its arrangement has a use for."""
+        idle = set[str]()
+        if not self.num_virtual_tokens:
+            idle |= {"num_virtual_tokens", "first_layer", "prefix_learning_rate"}
+        if self.readout is not ReadoutKind.ATTENTION:
+            idle |= {"num_queries", "query_learning_rate"}
+        if not self.hidden:
+            idle |= {"activation"}
+        return {name: value for name, value in self.settings().items() if name not in idle}
+
     def _check(self, is_token: bool, spec: BackboneSpec) -> None:
         faults = _faults(self, is_token, spec)
         if faults:

@@ -202,7 +202,7 @@ def _report(manifest: Mapping[str, Any], story: Story) -> dict[str, Any]:
         "problem_type": str(manifest["problem_type"]),
         "labels": manifest["labels"],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": recipe.settings() | {"prefixes": [path.name for path in recipe.prefixes]},
+        "recipe": recipe.applying() | {"prefixes": [path.name for path in recipe.prefixes]},
         "cost": manifest["cost"] | {"size_bytes": story.size_bytes, "training_s": story.training_s},
         "figures": _measured_sets(manifest),
         "measure": manifest["evaluation"]["measure"],
