@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -55,7 +54,7 @@ SCHEMA = pa.schema(
         ("inference_ms", pa.float64()),
     ]
 )
-_BATCH_ROWS = 200  # converted in one go, which holds the interpreter: about 5 ms
+_BATCH_ROWS = 200  # converted in one go, which holds the interpreter: one to two ms
 _GROUP_ROWS = 10_000
 _DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # Arrow's own are some of these
 
@@ -98,16 +97,27 @@ def _is_whole(row: Row) -> bool:
 
 
 def _for_arrow(rows: Sequence[Row]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([_converted(row) for row in rows], SCHEMA)
+    return pa.RecordBatch.from_arrays([_column(rows, field) for field in SCHEMA], schema=SCHEMA)
 
 
-def _converted(row: Row) -> Row:
-    scores = row.get("scores")
-    return {
-        **row,
-        "time": datetime.fromisoformat(row["time"]),
-        "scores": None if scores is None else list(scores.items()),
-    }
+def _column(rows: Sequence[Row], field: pa.Field) -> pa.Array:
+    if field.name == "time":  # the only one that every row has
+        return pa.array([row["time"] for row in rows], pa.string()).cast(field.type)
+    values = [row.get(field.name) for row in rows]
+    return _maps(values, field.type) if pa.types.is_map(field.type) else pa.array(values, field.type)
+
+
+def _maps(values: Sequence[dict[str, float] | None], kind: pa.MapType) -> pa.Array:
+    """All keys and all values end to end: pair by pair Arrow takes ten times as long."""
+    ends, keys, items = [0], list[str](), list[float]()
+    for value in values:
+        if value is not None:
+            keys.extend(value.keys())
+            items.extend(value.values())
+        ends.append(len(keys))
+    is_missing = pa.array([value is None for value in values])
+    parts = pa.array(ends, pa.int32()), pa.array(keys, kind.key_type), pa.array(items, kind.item_type)
+    return pa.MapArray.from_arrays(*parts, type=kind, mask=is_missing)
 
 
 def find_in_parquet(file: BinaryIO, request_id: str) -> list[Row]:

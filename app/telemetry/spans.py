@@ -7,20 +7,23 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, InstrumentationScope, KeyValue
-from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2 as otlp
 
 from app.telemetry.tracing import Attribute, Caller
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 _LONGEST_STATE = 512  # characters; of a longer one nothing is kept
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}")
 _SAMPLED = 1
 _INTEGERS = 1 << 63  # from here on OTLP has none
 _KNOWS_IF_REMOTE, _IS_REMOTE = 0x100, 0x200  # whether the parent is in another process
-_SCOPE = InstrumentationScope(name="manifold")
+_SCOPE = "manifold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,59 +79,64 @@ class Span:
 
 
 def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
-    """An ExportTraceServiceRequest."""
+    """An ExportTraceServiceRequest, filled in place: to make its parts first takes three times as long."""
     unix_ns = time.time_ns() - time.monotonic_ns()
-    scoped = otlp.ScopeSpans(scope=_SCOPE, spans=[_encoded(span, unix_ns) for span in spans])
-    of = otlp.ResourceSpans(resource=Resource(attributes=_attributes(resource)), scope_spans=[scoped])
-    return bytes(ExportTraceServiceRequest(resource_spans=[of]).SerializeToString())
+    request = ExportTraceServiceRequest()
+    of = request.resource_spans.add()
+    _put(of.resource.attributes, resource)
+    scoped = of.scope_spans.add()
+    scoped.scope.name = _SCOPE
+    for span in spans:
+        _fill(scoped.spans.add(), span, unix_ns)
+    return bytes(request.SerializeToString())
 
 
-def _encoded(span: Span, unix_ns: int) -> otlp.Span:
+def _fill(made: otlp.Span, span: Span, unix_ns: int) -> None:
     """`unix_ns`: what time.monotonic() is behind the time since 1970."""
     context, parent = span.context, span.parent
-    made = otlp.Span(
-        trace_id=context.trace_id,
-        span_id=context.span_id,
-        name=span.name,
-        kind=otlp.Span.SPAN_KIND_SERVER if span.is_request else otlp.Span.SPAN_KIND_INTERNAL,
-        start_time_unix_nano=unix_ns + round(span.began_s * 1e9),
-        end_time_unix_nano=unix_ns + round(span.ended_s * 1e9),
-        trace_state=context.state,
-        flags=_SAMPLED | _flags(parent),
-    )
+    made.trace_id, made.span_id, made.name = context.trace_id, context.span_id, span.name
+    made.kind = otlp.Span.SPAN_KIND_SERVER if span.is_request else otlp.Span.SPAN_KIND_INTERNAL
+    made.start_time_unix_nano = unix_ns + round(span.began_s * 1e9)
+    made.end_time_unix_nano = unix_ns + round(span.ended_s * 1e9)
+    made.flags = _SAMPLED | _flags(parent)
+    if context.state:
+        made.trace_state = context.state
     if parent is not None:
         made.parent_span_id = parent.span_id
-    if span.attributes:
-        made.attributes.extend(_attributes(span.attributes))
+    _put(made.attributes, span.attributes)
     for link in span.links:
         made.links.add(trace_id=link.trace_id, span_id=link.span_id, trace_state=link.state, flags=_flags(link))
     if span.fault is not None:
         made.status.code, made.status.message = otlp.Status.STATUS_CODE_ERROR, _clean(span.fault)
-    return made
 
 
 def _flags(other: Context | None) -> int:
     return _KNOWS_IF_REMOTE | (_IS_REMOTE if other is not None and other.is_remote else 0)
 
 
-def _attributes(attributes: Mapping[str, Attribute]) -> list[KeyValue]:
-    return [KeyValue(key=name, value=_value(value)) for name, value in attributes.items()]
+def _put(place: RepeatedCompositeFieldContainer[KeyValue], attributes: Mapping[str, Attribute]) -> None:
+    for name, value in attributes.items():
+        pair = place.add()
+        pair.key = name
+        _set(pair.value, value)
 
 
-def _value(value: Attribute) -> AnyValue:
+def _set(made: AnyValue, value: Attribute) -> None:
     match value:
         case str():
-            return AnyValue(string_value=_clean(value))
+            made.string_value = _clean(value)
         case bool():  # before int, which it also is
-            return AnyValue(bool_value=value)
+            made.bool_value = value
         case int() if -_INTEGERS <= value < _INTEGERS:
-            return AnyValue(int_value=value)
+            made.int_value = value
         case int():
-            return AnyValue(string_value=str(value))
+            made.string_value = str(value)
         case float():
-            return AnyValue(double_value=value)
+            made.double_value = value
         case _:
-            return AnyValue(array_value=ArrayValue(values=[AnyValue(string_value=_clean(item)) for item in value]))
+            made.array_value.SetInParent()  # also where it is empty
+            for item in value:
+                made.array_value.values.add().string_value = _clean(item)
 
 
 def _clean(text: str) -> str:
