@@ -55,9 +55,10 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   cores run the layers in step: what is taken from one is waited for on the other, so throughput gives up two to three
   times that. Single rounds move by a tenth either way, and whole runs of one day by two hundredths.
   Lines, spans and rows are made in Python: measured each alone, the line took about 40 of 83 µs a request (a third
-  less since), the prediction log 15, spans 10. Since then a span is written in a third of the time (3.3 for 10 µs, warm),
-  and the rows of five answers become Parquet in a quarter (74 for 287 µs, once their file is full). A lower priority for the threads that write, lines made on the log's
-  thread, and a shorter switch interval of the interpreter, brought nothing that throughput shows.
+  less since), the prediction log 15, spans 10. Since then a span is written in a third of the time (3.3 for 10 µs,
+  warm), and the rows of five answers become Parquet in a quarter (74 for 287 µs, once their file is full). A lower
+  priority for the threads that write, lines made on the log's thread, and a shorter switch interval of the
+  interpreter, brought nothing that throughput shows.
 
 ## What was measured and left out
 
@@ -70,10 +71,10 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   layer 4 costs 0.27 of a bare forward beside the first and 0.71 in a request of its own; a second readout 0.01 to 0.1
   and 0.73. A caller has that gain today by naming both tasks in one request. To give it to two requests would take
   0.7 MB a text of 64 tokens (seven layers in float32), so 64 MB would remember ninety texts.
-- **Two lanes on two cores**: batches side by side, each on a core of its own, where several texts wait, since cores that
-  share each operator wait for one another at its end. The layers alone run 1.07 to 1.30 times as fast (float32, 2 to 128
-  texts), the server with 64 callers 1.04 to 1.09 times, with a p99 a tenth higher; but with 2 and 8 callers, where it
-  goes to and fro between one lane and two, 0.62 and 0.77 times at 16 tokens, 0.87 and 0.99 at 64.
+- **Two lanes on two cores**: batches side by side, each on a core of its own, where several texts wait, since cores
+  that share each operator wait for one another at its end. The layers alone run 1.07 to 1.30 times as fast (float32, 2
+  to 128 texts), the server with 64 callers 1.04 to 1.09 times, with a p99 a tenth higher; but with 2 and 8 callers,
+  where it goes to and fro between one lane and two, 0.62 and 0.77 times at 16 tokens, 0.87 and 0.99 at 64.
 - **Variable-length packing on CUDA.** A queue of mixed lengths (8 to 256 tokens, half of them up to 40) is scheduled
   into batches of which 11 to 16 % are padding, so packing could save that much at most; the copies that leave it out
   would move 24 kB a token and layer at d = 1,024, by the card's figures a tenth of the time of that token's products

@@ -30,6 +30,7 @@ from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
 from app.learning.prepare import encode
 from app.learning.recipe import Recipe
+from app.learning.study import Study, Tables
 from app.learning.trainer import Epoch
 from tests.learning import samples
 
@@ -92,6 +93,29 @@ def recipe(**changes: Any) -> Recipe:
             | changes
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({}, {"num_virtual_tokens", "first_layer", "prefix_learning_rate"}),
+        (
+            {"readout": ReadoutKind.MEAN, "hidden": 0, "num_virtual_tokens": 2, "first_layer": 1},
+            {"num_queries", "query_learning_rate", "activation"},
+        ),
+    ],
+)
+def test_a_report_is_told_the_settings_that_are_of_use(
+    changes: dict[str, Any], idle: set[str], tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_of(tmp_path, samples.single_rows, 40)
+    study = Study(Tables.read(files, None), backbone, TextTokenizer(backbone.path), Silent())
+    completed = study.completed(recipe(**changes))
+    assert completed.settings().keys() - completed.applying().keys() == idle
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(reporting, "render", lambda report: told.update(report) or "")
+    learn(recipe(epochs=1, **changes), files, tmp_path / "out", (backbone, backbone), Silent())
+    assert told["recipe"].keys() - {"prefixes"} == completed.settings().keys() - idle
 
 
 def learned(folder: Path, files: Files, backbone: Backbone, **changes: Any) -> dict[str, Any]:

@@ -108,6 +108,8 @@ def test_a_row_is_found_as_it_was_while_it_is_written_and_once_it_is_finished(
         row(4, error='it "broke"', text='she said: "request_id":"r-9"\n', text_pair="ö"),
         row(4, input=1),
         row(5),
+        {name: value for name, value in row(6).items() if name != "scores"},
+        row(7, scores={}),
     ]
     store = open_store(url, tmp_path / "home", kind)
     writer = writer_of(store)
@@ -117,7 +119,7 @@ def test_a_row_is_found_as_it_was_while_it_is_written_and_once_it_is_finished(
         if is_finished:
             writer.end()
             store.tidy()
-        for number in range(1, 6):
+        for number in range(1, 8):
             assert store.find(f"r-{number}").rows == [each for each in rows if each["request_id"] == f"r-{number}"]
         assert store.find("r-9").rows == [] and store.find("r-").rows == [] and store.find('r-1"').rows == []
     (finished,) = names(url)
@@ -201,10 +203,12 @@ def test_damage_costs_the_damaged_rows_alone(tmp_path: Path) -> None:
     writer = writer_of(store)
     for line in (to_line(row(1)), b"\x00\x00\n", b'{"request_id":"r-3"}\n', b"[1]\n", to_line(row(2))):
         writer.append(line)
+    for number, wrong in enumerate(({"scores": [1]}, {"scores": {"ham": "x"}}, {"time": "noon"}, {"tokens": "5"}), 4):
+        writer.append(to_line(row(number, **wrong)))
     assert ids(store, 1, 2) == [1, 2]
     writer.end()
     store.tidy()
-    assert ids(store, 1, 2, 3) == [1, 2]
+    assert ids(store, *range(1, 8)) == [1, 2]
     broken = store.folder / str(PartName(NOON_S, NOON_S + 1, "other", "0" * 8, "parquet"))
     broken.write_bytes(b"PAR1 not really")
     found = store.find("r-2")
