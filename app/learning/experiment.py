@@ -53,6 +53,8 @@ from app.learning.recipe import Recipe
 from app.learning.splits import findings, sampled_rows, subsample
 from app.learning.study import Files, Fitted, Quiet, Study, Tables
 
+_METHOD = 2  # how numbers are found; other ones do not stand beside them
+_SPLITS = ("train", "dev", "test")
 _TEST = {"subj": "test_clean.tsv", "stsb": "test_clean.tsv"}  # rows that other sets have too are left out
 
 
@@ -120,6 +122,11 @@ class Experiment:
     results: Ledger
     work: Path  # what is trained lies here, a folder each
 
+    @property
+    def _first(self) -> int:
+        """Of all prefixes the first layer."""
+        return self.backbone.spec.num_layers // 2
+
     def run(self) -> None:
         for step in unfinished(self.plan, self.results.found):
             self.take(step)
@@ -165,7 +172,7 @@ class Experiment:
         folder = self._folder(alone(source), seed)
         study = self._study(self.sets.source(source, seed))
         missing = self._missing(bare)
-        study.prepare((self._head(study, cell.readout, (), seed, source) for cell in missing), ("train", "dev", "test"))
+        study.prepare((self._head(study, cell.readout, (), seed, source) for cell in missing), _SPLITS)
         for cell in missing:
             self._add(cell, self._fitted(study, self._head(study, cell.readout, (), seed, source), source)[0])
         if self._missing([own[LINEAR]]) or not folder.is_dir():
@@ -174,7 +181,6 @@ class Experiment:
             assert fitted.model.prefix is not None
             write_prefix(folder, source, fitted.model.prefix, recipe.first_layer, self.backbone.spec)
             self._add(own[LINEAR], outcome)
-        study = self._study(study.tables)  # without the states of the bare trunk: they are not needed any more
         if self._missing([own[ATTENTION]]):
             self._add(
                 own[ATTENTION], self._fitted(study, self._head(study, ATTENTION, (folder,), seed, source), source)[0]
@@ -190,7 +196,7 @@ class Experiment:
             task=source,
             readout=ReadoutKind.MEAN,
             hidden=0,
-            first_layer=self.backbone.spec.num_layers // 2,
+            first_layer=self._first,
             num_virtual_tokens=settings.num_virtual_tokens,
             epochs=settings.epochs,
             learning_rate=settings.head_learning_rate,
@@ -283,7 +289,14 @@ class Experiment:
         """Light heads of one target on all representations. What these have in common of the encoder runs once."""
         of_target = (c for c in cells(self.plan) if c.part is Part.TARGET and (c.seed, c.task) == (seed, target))
         missing = self._missing([cell for cell in of_target if cell.representation != CEILING])
+        if not missing:
+            return
         study = self._study(self.sets.target(target, seed))
+        if any(not cell.representation.startswith(WHOLE) for cell in missing):
+            below = {
+                layer for layer in self._head(study, ATTENTION, (), seed, target).read_layers if layer < self._first
+            }
+            study.prepare_trunk({*below, self._first}, _SPLITS)  # in nobody's seconds
         for name in dict.fromkeys(cell.representation for cell in missing):
             backbone, prefixes = self._representation(name, seed)
             own = study if backbone is self.backbone else self._study(study.tables, backbone)
@@ -319,9 +332,7 @@ class Experiment:
         """The largest size first, with the time for the states in it."""
         began = time.perf_counter()
         seed = missing[0].seed
-        study.prepare(
-            (self._head(study, readout, prefixes, seed, target) for readout in READOUTS), ("train", "dev", "test")
-        )
+        study.prepare((self._head(study, readout, prefixes, seed, target) for readout in READOUTS), _SPLITS)
         waited = time.perf_counter() - began
         for cell in sorted(missing, key=lambda cell: cell.examples or math.inf, reverse=True):
             part = study.part(self._rows(study.tables, cell))
@@ -377,6 +388,7 @@ def header(plan: Plan, sets: Sets, spec: BackboneSpec) -> dict[str, Any]:
     return {
         "plan": settings,
         "measured": MEASURED,
+        "method": _METHOD,
         "data": sets.digests(),
         "backbone": spec.fingerprint,
         "dtype": spec.dtype,

@@ -198,9 +198,21 @@ def steps(plan: Plan) -> Iterator[Step]:
 
 
 def unfinished(plan: Plan, found: Container[Cell]) -> list[Step]:
-    """Of seeds of which something is missing all steps: what is trained is needed for what is not found yet."""
-    seeds = {cell.seed for cell in cells(plan) if cell not in found}
-    return [step for step in steps(plan) if step.seed in seeds]
+    """Steps of whose numbers one is missing, and those that they need: what was trained may not be there any more."""
+    missing = {_step_of(cell) for cell in cells(plan) if cell not in found}
+    wanted = [step for step in steps(plan) if (step.kind, step.seed, step.name) in missing]
+    needed = {step for later in wanted for step in (later, *later.needs)}
+    return [step for step in steps(plan) if step in needed]
+
+
+def _step_of(cell: Cell) -> tuple[Kind, int, str]:
+    """Which step finds it."""
+    if cell.part is Part.TARGET:
+        return Kind.CEILING if cell.representation == CEILING else Kind.TARGETS, cell.seed, cell.task
+    for kind, name in ((Kind.SHARED, SHARED), (Kind.WHOLE, WHOLE)):
+        if cell.representation.startswith(name):
+            return kind, cell.seed, cell.representation
+    return Kind.SOURCE, cell.seed, cell.task
 
 
 def measure_of(task: str, problem_type: ProblemType) -> str:

@@ -189,6 +189,7 @@ def _run(story: Story) -> str:
             "whole backbone",
             f"epochs: {plan.finetuning.epochs}, rate {plan.finetuning.learning_rate:g}; the best epoch on dev is kept",
         ),
+        *([("full fine-tuning of a target", _target_finetuning(plan))] if plan.with_ceiling else []),
         ("linear head", "one layer over the mean of the last layer's states"),
         ("attention readout", "learned queries over a third, two thirds and all of the layers; a small hidden layer"),
     ]
@@ -205,6 +206,13 @@ def _run(story: Story) -> str:
             ),
             f"Targets are learned from {_listed([_size(size) for size in plan.sizes])}; {few}",
         ]
+    )
+
+
+def _target_finetuning(plan: Plan) -> str:
+    return (
+        f"as the whole backbone's, but so many epochs that there are {plan.least_steps} steps; where these are many, "
+        "dev is looked at behind some"
     )
 
 

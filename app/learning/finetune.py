@@ -23,6 +23,7 @@ from app.learning.trainer import shuffled
 _MAX_GRADIENT_NORM = 1.0
 _EVALUATION_ROWS = 64
 _LOOK_SHARE = 3  # a step of training takes about three times a look at as many rows
+_LEAST_LOOKS = 4  # at dev, where there are as many epochs
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,14 @@ def finetune(
     labels: Sequence[str],
     settings: FinetuneSettings,
     device: torch.device,
-    report: Callable[[int, float], None] = lambda *_: None,
+    report: Callable[[int, float | None], None] = lambda *_: None,
     dtype: torch.dtype = torch.float32,
     measure: str = "",
 ) -> Finetuned:
-    """Train all weights; the epoch best on dev is kept. `report` is told of (epoch, dev measure).
+    """Train all weights; the best on dev of the epochs that it is looked at behind is kept.
 
-    Where dev is much larger than train, it is not looked at behind each epoch: looks take as long as training at most.
+    Where dev is much larger than train, and epochs are many, it is not looked at behind each: looks take about as long
+    as training then. `report` is told of (epoch, dev measure); None: it was not looked at.
     `dtype`: of the layers' products, as `WholeModel` takes it. `measure`: of dev, as `dev_figure` takes it.
     """
     began = time.perf_counter()
@@ -125,7 +127,11 @@ def finetune(
         optimizer, lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
     )
     transitions = Chain.of(train.tagged, labels).transitions() if is_token else None
-    best, kept, tokens, num_unseen = -math.inf, {}, 0, 0
+    best, kept, tokens = -math.inf, {}, 0
+    every = min(
+        max(1, settings.epochs // _LEAST_LOOKS),
+        math.ceil(len(dev.encodings) / (_LOOK_SHARE * len(train.encodings))),
+    )
     for epoch in range(1, settings.epochs + 1):
         model.train()
         for batch in shuffled(train.lengths, settings.batch_size, generator):
@@ -137,10 +143,9 @@ def finetune(
             optimizer.step()
             schedule.step()
             tokens += sum(len(train.encodings[row]) for row in rows)
-        num_unseen += len(train.encodings)
-        if num_unseen * _LOOK_SHARE < len(dev.encodings) and epoch < settings.epochs:
+        if epoch % every and epoch < settings.epochs:
+            report(epoch, None)
             continue
-        num_unseen = 0
         logits, gold, counts = whole_logits(model, dev, device)
         figure = dev_figure(problem_type, logits, gold, labels, counts, transitions, measure)
         report(epoch, figure)

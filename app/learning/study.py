@@ -164,15 +164,20 @@ class Study:
         """Compute what these recipes read, each layer of each text once."""
         plans = [cache_plan(recipe, read_frozen(recipe, self.backbone.spec)) for recipe in recipes]
         by_key: dict[_Key, list[CachePlan]] = defaultdict(list)
-        for plan in plans:
-            below = _below(plan, _wanted([plan]))
-            if below:
-                by_key[_TRUNK].append(CachePlan(tuple(sorted(below))))
+        if len({*map(_key, plans)}) > 1:  # they have the layers below their prefixes in common
+            for below in (_below(plan, _wanted([plan])) for plan in plans):
+                if below:
+                    by_key[_TRUNK].append(CachePlan(tuple(sorted(below))))
         for plan in plans:
             by_key[_key(plan)].append(plan)
         for alike in by_key.values():
             for name in splits:
                 self._compute(name, alike)
+
+    def prepare_trunk(self, layers: Iterable[int], splits: Iterable[str]) -> None:
+        """Compute the bare trunk's states behind these numbers of layers, for others to go on from."""
+        for name in splits:
+            self._compute(name, [CachePlan(tuple(sorted(layers)))])
 
     def part(self, rows: Mapping[str, Sequence[int]]) -> Study:
         """A study of these rows of the tables named: states are the whole's, and so is scaling. Not for tokens."""
@@ -281,10 +286,11 @@ class Study:
             states[0] = embedded
 
     def _take_from_trunk(self, name: str, plan: CachePlan, below: set[int]) -> None:
-        if not below:
+        """Where it has run for others."""
+        own, trunk = self._views[_key(plan)], self._views[_TRUNK]
+        if not below or not trunk.states[name].keys() - {0}:
             return
         self._compute(name, [CachePlan(tuple(sorted(below)))])
-        own, trunk = self._views[_key(plan)], self._views[_TRUNK]
         own.states[name] |= {layer: trunk.states[name][layer] for layer in below}
         own.encodings[name], own.targets[name] = trunk.encodings[name], trunk.targets[name]
         own.extents[name] = trunk.extents[name]
@@ -337,11 +343,14 @@ def _wanted(plans: Iterable[CachePlan]) -> set[int]:
 
 
 def _below(plan: CachePlan, wanted: set[int]) -> set[int]:
-    """Layers of `plan` that are as in the bare trunk, which is run once for all: those up to its first prefix."""
+    """Layers of `plan` that are as in the bare trunk, which is run once for all: those up to its first prefix.
+
+    What goes on from there has been rounded, as all states that are kept.
+    """
     first = min((prefix.first_layer for prefix in plan.prefixes), default=0)
     if not first or plan.position_offset:
         return set()
-    return {layer for layer in wanted if layer < first} | {first}
+    return {layer for layer in wanted if layer <= first} | ({first} if max(wanted) > first else set())
 
 
 def _key(plan: CachePlan) -> _Key:

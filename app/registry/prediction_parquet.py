@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -56,7 +57,7 @@ SCHEMA = pa.schema(
 )
 _BATCH_ROWS = 200  # converted in one go, which holds the interpreter: one to two ms
 _GROUP_ROWS = 10_000
-_DAMAGED = (AttributeError, KeyError, TypeError, ValueError)  # Arrow's own are some of these
+_DAMAGED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # Arrow's own are some of these
 
 
 def to_parquet(lines: Iterable[bytes], target: Path, is_hurried: Callable[[], bool]) -> None:
@@ -101,8 +102,8 @@ def _for_arrow(rows: Sequence[Row]) -> pa.RecordBatch:
 
 
 def _column(rows: Sequence[Row], field: pa.Field) -> pa.Array:
-    if field.name == "time":  # the only one that every row has
-        return pa.array([row["time"] for row in rows], pa.string()).cast(field.type)
+    if field.name == "time":  # the only one that a row cannot lack
+        return pa.array([datetime.fromisoformat(row["time"]) for row in rows], field.type)
     values = [row.get(field.name) for row in rows]
     return _maps(values, field.type) if pa.types.is_map(field.type) else pa.array(values, field.type)
 
@@ -115,7 +116,7 @@ def _maps(values: Sequence[dict[str, float] | None], kind: pa.MapType) -> pa.Arr
             keys.extend(value.keys())
             items.extend(value.values())
         ends.append(len(keys))
-    is_missing = pa.array([value is None for value in values])
+    is_missing = pa.array([value is None for value in values], pa.bool_())
     parts = pa.array(ends, pa.int32()), pa.array(keys, kind.key_type), pa.array(items, kind.item_type)
     return pa.MapArray.from_arrays(*parts, type=kind, mask=is_missing)
 

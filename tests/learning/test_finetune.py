@@ -42,12 +42,15 @@ def test_a_large_dev_set_is_looked_at_no_longer_than_is_trained(tmp_path: Path, 
     train, dev = (Texts(*study.texts(name)) for name in ("train", "dev"))
     few = Texts(train.encodings[:5], train.targets[:5])
     assert len(dev.encodings) == 60
-    looks: list[int] = []
-    settings = FinetuneSettings(epochs=9)
     kind, labels = study.tables.problem_type, study.tables.labels
-    tuned = finetune(backbone.path, (few, dev), kind, labels, settings, CPU, lambda epoch, _: looks.append(epoch))
-    assert looks == [4, 8, 9]  # 20 rows are trained between, each of which counts as three of dev
-    assert tuned.tokens == 9 * int(few.lengths.sum())
+    for epochs, expected in ((18, [4, 8, 12, 16, 18]), (9, [2, 4, 6, 8, 9]), (4, [1, 2, 3, 4])):
+        told: dict[int, float | None] = {}
+        settings = FinetuneSettings(epochs=epochs)
+        tuned = finetune(backbone.path, (few, dev), kind, labels, settings, CPU, told.__setitem__)
+        assert list(told) == list(range(1, epochs + 1))
+        # 20 rows are trained between, each of which counts as three of dev; but four looks at least
+        assert [epoch for epoch, dev_measure in told.items() if dev_measure is not None] == expected
+        assert tuned.tokens == epochs * int(few.lengths.sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

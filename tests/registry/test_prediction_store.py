@@ -198,17 +198,49 @@ def test_what_a_killed_process_left_is_finished_up_to_its_last_whole_row(url: st
         assert fs.cat_file(f"{root}/{finished}") == lines
 
 
+WRONG: list[Row] = [
+    {"scores": [1]},
+    {"scores": {"ham": "x"}},
+    {"time": "noon"},
+    {"time": None},
+    {"tokens": "5"},
+    {"tokens": 2**63},
+]
+
+
+@pytest.mark.parametrize("good", [0, 200])
+def test_a_part_whose_last_rows_are_all_damaged_is_finished(good: int, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "log"), tmp_path / "home", "parquet")
+    writer = writer_of(store)
+    for number in range(good):
+        writer.append(to_line(row(number)))
+    writer.append(b'{"request_id":"r-999"}\n')
+    writer.end()
+    store.tidy(lambda: True)
+    assert len(list(store.folder.glob("*.parquet"))) == 1 and not list(store.folder.glob("*open*"))
+    assert ids(store, 0, 199, 999) == ([0, 199] if good else [])
+
+
+def test_a_time_without_its_zone_is_utc(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "log"), tmp_path / "home", "parquet")
+    writer = writer_of(store)
+    writer.append(to_line(row(1, time="2026-01-09T12:00:00")))
+    writer.end()
+    store.tidy()
+    assert [found["time"] for found in store.find("r-1").rows] == ["2026-01-09T12:00:00.000000Z"]
+
+
 def test_damage_costs_the_damaged_rows_alone(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "log"), tmp_path / "home", "parquet")
     writer = writer_of(store)
     for line in (to_line(row(1)), b"\x00\x00\n", b'{"request_id":"r-3"}\n', b"[1]\n", to_line(row(2))):
         writer.append(line)
-    for number, wrong in enumerate(({"scores": [1]}, {"scores": {"ham": "x"}}, {"time": "noon"}, {"tokens": "5"}), 4):
+    for number, wrong in enumerate(WRONG, 4):
         writer.append(to_line(row(number, **wrong)))
     assert ids(store, 1, 2) == [1, 2]
     writer.end()
     store.tidy()
-    assert ids(store, *range(1, 8)) == [1, 2]
+    assert ids(store, *range(1, 4 + len(WRONG))) == [1, 2]
     broken = store.folder / str(PartName(NOON_S, NOON_S + 1, "other", "0" * 8, "parquet"))
     broken.write_bytes(b"PAR1 not really")
     found = store.find("r-2")
