@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=_examples,
         metavar="N,N,all",
-        help="of a target, to train on; default 16,100,all, with --quick or --rows 16,100; --quick fine-tunes targets in "
-        "full only where all is among them",
+        help="of a target, to train on; default 16,100,all, with --quick or --rows 16,100; --quick fine-tunes targets "
+        "in full only where all is among them",
     )
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run was interrupted")
     parser.add_argument(
