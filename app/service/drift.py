@@ -26,11 +26,11 @@ logger = logging.getLogger("manifold")
 MOST_LABELS = 10  # of a version that have scores of their own in the metrics
 OTHER = "other"  # the highest score of the rest
 _MOST_RESTING = 32  # windows of versions that are not live any more, and may be again
-_TEXTS_TOGETHER, _COUNT_EVERY_S = 512, 2.0  # texts of a version are counted together: alone they cost far more
+_TEXTS_TOGETHER, _COUNT_EVERY_S = 128, 2.0  # texts of a version are counted together: alone they cost far more
 _COMPARE_EVERY_S = 5.0  # at the soonest: Prometheus asks each 15 s
 _MOST_WAITING = 20_000  # outputs: beyond, memory goes before those who answer
 _COUNTED_AT_ONCE, _COMPARED_AT_ONCE = 16, 4  # versions a look, so that hundreds do not hold up those who answer
-_SAVE_EVERY_S = 15.0
+_SAVE_EVERY_S = 5.0
 _SAVING_SHARE = 0.01  # of the time may go into saving
 
 
