@@ -49,7 +49,7 @@ from app.learning.experiment_plan import (
 )
 from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logits
 from app.learning.multitask import Together, finetune_together, train_shared_prefix, write_prefix
-from app.learning.recipe import Recipe
+from app.learning.recipe import Recipe, epochs_for
 from app.learning.splits import findings, sampled_rows, subsample
 from app.learning.study import Files, Fitted, Quiet, Study, Tables
 
@@ -122,11 +122,6 @@ class Experiment:
     results: Ledger
     work: Path  # what is trained lies here, a folder each
 
-    @property
-    def _first(self) -> int:
-        """Of all prefixes the first layer."""
-        return self.backbone.spec.num_layers // 2
-
     def run(self) -> None:
         for step in unfinished(self.plan, self.results.found):
             self.take(step)
@@ -196,7 +191,7 @@ class Experiment:
             task=source,
             readout=ReadoutKind.MEAN,
             hidden=0,
-            first_layer=self._first,
+            first_layer=self.backbone.spec.num_layers // 2,
             num_virtual_tokens=settings.num_virtual_tokens,
             epochs=settings.epochs,
             learning_rate=settings.head_learning_rate,
@@ -293,10 +288,8 @@ class Experiment:
             return
         study = self._study(self.sets.target(target, seed))
         if any(not cell.representation.startswith(WHOLE) for cell in missing):
-            below = {
-                layer for layer in self._head(study, ATTENTION, (), seed, target).read_layers if layer < self._first
-            }
-            study.prepare_trunk({*below, self._first}, _SPLITS)  # in nobody's seconds
+            _, any_prefix = self._representation(alone(self.plan.sources[0]), seed)  # all begin at one layer
+            study.prepare_below(self._head(study, ATTENTION, any_prefix, seed, target), _SPLITS)  # in nobody's seconds
         for name in dict.fromkeys(cell.representation for cell in missing):
             backbone, prefixes = self._representation(name, seed)
             own = study if backbone is self.backbone else self._study(study.tables, backbone)
@@ -312,9 +305,10 @@ class Experiment:
 
     def _finetuning(self, study: Study) -> FinetuneSettings:
         """Few rows are gone through more often."""
-        settings = self.plan.finetuning
-        steps = math.ceil(len(study.tables.train.examples) / settings.batch_size)
-        return replace(settings, epochs=max(settings.epochs, math.ceil(self.plan.least_steps / steps)))
+        settings, rows = self.plan.finetuning, len(study.tables.train.examples)
+        return replace(
+            settings, epochs=max(settings.epochs, epochs_for(self.plan.least_steps, rows, settings.batch_size))
+        )
 
     def _representation(self, name: str, seed: int) -> tuple[Backbone, tuple[Path, ...]]:
         """The frozen encoder and the prefixes that stand in it."""
@@ -352,7 +346,7 @@ class Experiment:
         """A light head; few rows are gone through more often."""
         rows = len(study.tables.train.examples)
         base = Recipe(task="head", prefixes=prefixes, seed=seed, measure=self._measure(task))
-        epochs = max(self.plan.head_epochs, -(-self.plan.least_steps // -(-rows // base.batch_size)))
+        epochs = max(self.plan.head_epochs, epochs_for(self.plan.least_steps, rows, base.batch_size))
         patience = -(-base.patience * epochs // self.plan.head_epochs)
         base = replace(base, epochs=epochs, patience=patience)
         if readout == LINEAR:

@@ -33,7 +33,7 @@ from app.learning.finetune import FinetuneSettings
 from app.learning.measured import Draft, write_measured
 from app.learning.prepare import cache_plan, described, limit_tokens, read_frozen, told_of_truncated
 from app.learning.problems import Scaling
-from app.learning.recipe import Recipe
+from app.learning.recipe import Recipe, epochs_for
 from app.learning.search import Arrangement, Candidate, Found, Point, candidates, passes_of, refinements, search
 from app.learning.splits import findings, subsample
 from app.learning.study import Files, Fitted, Study, Tables, Watcher
@@ -223,7 +223,7 @@ def _searched(recipe: Recipe, study: Study, part: Study, options: Options) -> Le
 
 def with_enough_steps(recipe: Recipe, rows: int, steps: int | None = None) -> Recipe:
     """Few rows are gone through more often, for so many `steps` at least (None: _LEAST_STEPS)."""
-    epochs = -(-(_LEAST_STEPS if steps is None else steps) // -(-rows // recipe.batch_size))
+    epochs = epochs_for(_LEAST_STEPS if steps is None else steps, rows, recipe.batch_size)
     if epochs <= recipe.epochs:
         return recipe
     return replace(recipe, epochs=epochs, patience=recipe.patience * -(-epochs // recipe.epochs))

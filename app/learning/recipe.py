@@ -98,6 +98,11 @@ class Recipe:
             raise SettingsError(faults[0])
 
 
+def epochs_for(steps: int, rows: int, batch_size: int) -> int:
+    """Epochs of so many rows that have as many steps at least."""
+    return -(-steps // -(-rows // batch_size))
+
+
 def _readout_size(num_outputs: int) -> tuple[int, int]:
     """(queries a layer, width of the hidden layer): few labels need little, and small readouts are served faster."""
     if num_outputs <= 8:

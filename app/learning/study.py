@@ -164,20 +164,21 @@ class Study:
         """Compute what these recipes read, each layer of each text once."""
         plans = [cache_plan(recipe, read_frozen(recipe, self.backbone.spec)) for recipe in recipes]
         by_key: dict[_Key, list[CachePlan]] = defaultdict(list)
-        if len({*map(_key, plans)}) > 1:  # they have the layers below their prefixes in common
-            for below in (_below(plan, _wanted([plan])) for plan in plans):
-                if below:
-                    by_key[_TRUNK].append(CachePlan(tuple(sorted(below))))
+        of_trunk = [(_key(plan), below) for plan in plans if (below := _trunk_of(plan)) is not None]
+        if len({key for key, _ in of_trunk} | ({*map(_key, plans)} & {_TRUNK})) > 1:  # else nobody shares it
+            by_key[_TRUNK] += [below for _, below in of_trunk]  # first: they go on from there
         for plan in plans:
             by_key[_key(plan)].append(plan)
         for alike in by_key.values():
             for name in splits:
                 self._compute(name, alike)
 
-    def prepare_trunk(self, layers: Iterable[int], splits: Iterable[str]) -> None:
-        """Compute the bare trunk's states behind these numbers of layers, for others to go on from."""
-        for name in splits:
-            self._compute(name, [CachePlan(tuple(sorted(layers)))])
+    def prepare_below(self, recipe: Recipe, splits: Iterable[str]) -> None:
+        """Compute what a completed recipe of frozen prefixes has in common with the bare trunk."""
+        below = _trunk_of(cache_plan(recipe, read_frozen(recipe, self.backbone.spec)))
+        if below is not None:
+            for name in splits:
+                self._compute(name, [below])
 
     def part(self, rows: Mapping[str, Sequence[int]]) -> Study:
         """A study of these rows of the tables named: states are the whole's, and so is scaling. Not for tokens."""
@@ -351,6 +352,12 @@ def _below(plan: CachePlan, wanted: set[int]) -> set[int]:
     if not first or plan.position_offset:
         return set()
     return {layer for layer in wanted if layer <= first} | ({first} if max(wanted) > first else set())
+
+
+def _trunk_of(plan: CachePlan) -> CachePlan | None:
+    """What the bare trunk computes for `plan`; None: nothing."""
+    below = _below(plan, _wanted([plan]))
+    return CachePlan(tuple(sorted(below))) if below else None
 
 
 def _key(plan: CachePlan) -> _Key:

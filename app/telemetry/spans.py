@@ -79,7 +79,7 @@ class Span:
 
 
 def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
-    """An ExportTraceServiceRequest, filled in place: to make its parts first takes three times as long."""
+    """An ExportTraceServiceRequest, filled in place: to make its parts first takes twice as long."""
     unix_ns = time.time_ns() - time.monotonic_ns()
     request = ExportTraceServiceRequest()
     of = request.resource_spans.add()
