@@ -56,11 +56,10 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
   times that. Single rounds move by a tenth either way, and whole runs of one day by two hundredths. On a host twice as
   fast, 14 rounds of 4 s each had 0.94 (five answers) and 0.93 (one).
   Lines, spans and rows are made in Python: measured each alone, the line took about 40 of 83 µs a request (a third
-  less since), the prediction log 15, spans 10. Since then a span is written in 2.8 for 6.7 µs
-  (warm, in turn in one process), and the rows of a request with five answers become Parquet in 71 for 82 µs (72 for 167
-  to 205 in a process's first file), once their file is full. A lower
-  priority for the threads that write, lines made on the log's thread, and a shorter switch interval of the
-  interpreter, brought nothing that throughput shows.
+  less since), the prediction log 15, spans 10. Since then a span is written in 2.8 for 6.7 µs (warm, in turn in one
+  process), and the rows of a request with five answers become Parquet in 71 for 82 µs (72 for 167 to 205 in a process's
+  first file), once their file is full. A lower priority for the threads that write, lines made on the log's thread, and
+  a shorter switch interval of the interpreter, brought nothing that throughput shows.
 
 ## What was measured and left out
 
