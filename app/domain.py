@@ -47,7 +47,12 @@ class ReadoutKind(StrEnum):
     CLS = "cls"  # the first token
     POOLER = "pooler"  # the backbone's own pooler over the first token
     ATTENTION = "attention"  # learned queries over the tokens of each named layer, with that layer's mean
+    MATCHING = "matching"  # the same over each text of a pair apart, and how the two differ
     TOKENS = "tokens"  # each token's states of the named layers side by side
+
+    @property
+    def has_queries(self) -> bool:
+        return self in (ReadoutKind.ATTENTION, ReadoutKind.MATCHING)
 
 
 class HeadKind(StrEnum):
@@ -90,7 +95,7 @@ class BackboneSpec:
 class Readout:
     kind: ReadoutKind
     layers: tuple[int, ...]  # ascending, 1…L: the states after that layer
-    num_queries: int = 0  # learned queries a layer (attention only)
+    num_queries: int = 0  # learned queries a layer (attention and matching only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,7 @@ class Encoding:
     offsets: tuple[tuple[int, int], ...] = ()  # characters [start, end) in the text, (0, 0) for special tokens
     word_ids: tuple[int | None, ...] = ()  # index of the word that a token belongs to, None for special tokens
     truncated: bool = False
+    pair_start: int = 0  # the first token of a pair's second text; 0: there is one text
 
     def __len__(self) -> int:
         return len(self.input_ids)

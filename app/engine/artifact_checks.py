@@ -44,8 +44,9 @@ def prefix_digest(flat: Tensor, first_layer: int) -> str:
 
 def feature_size(readout: Readout, hidden_size: int) -> int:
     """The length of the vector (or of each token's vector) that a head reads."""
-    pooled = 1 + readout.num_queries if readout.kind is ReadoutKind.ATTENTION else 1
-    return len(readout.layers) * pooled * hidden_size
+    pooled = 1 + readout.num_queries if readout.kind.has_queries else 1
+    sides = 4 if readout.kind is ReadoutKind.MATCHING else 1  # both texts of a pair, their difference, their product
+    return len(readout.layers) * sides * pooled * hidden_size
 
 
 def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
@@ -71,6 +72,8 @@ def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[st
         faults += _head_faults(_mapping(manifest, "head"))
     faults += _golden_faults(manifest.get("golden", []))
     faults += _token_faults(manifest)
+    if _mapping(manifest, "readout").get("kind") == ReadoutKind.MATCHING and manifest.get("input") != InputKind.PAIR:
+        faults.append("the readout matching compares the texts of a pair, and the input is not pair")
     faults += baseline_faults(manifest)
     if not isinstance(manifest.get("evaluation", {}), dict):
         faults.append("evaluation must be an object")
@@ -123,9 +126,10 @@ def _readout_faults(readout: Mapping[str, Any], spec: BackboneSpec) -> list[str]
         faults.append("readout.layers must be a list of layer numbers from 1")
     elif sorted(set(layers)) != layers or layers[-1] > spec.num_layers:
         faults.append(f"readout.layers must rise and stay within the backbone's {spec.num_layers} layers: {layers}")
-    if readout.get("kind") == ReadoutKind.ATTENTION and not _is_count(readout.get("num_queries"), 1):
-        faults.append("an attention readout needs num_queries of 1 or more")
-    if readout.get("kind") == ReadoutKind.POOLER:
+    kind = readout.get("kind")
+    if kind in (ReadoutKind.ATTENTION, ReadoutKind.MATCHING) and not _is_count(readout.get("num_queries"), 1):
+        faults.append(f"the readout {kind} needs num_queries of 1 or more")
+    if kind == ReadoutKind.POOLER:
         if not spec.has_pooler:
             faults.append("the readout is the backbone's pooler, and this backbone has none")
         if layers != [spec.num_layers]:
@@ -190,7 +194,7 @@ def _expected_shapes(manifest: Mapping[str, Any], spec: BackboneSpec) -> dict[st
     }
     layers, num_queries = manifest["readout"]["layers"], manifest["readout"].get("num_queries", 0)
     readout = Readout(ReadoutKind(manifest["readout"]["kind"]), tuple(layers), num_queries)
-    if readout.kind is ReadoutKind.ATTENTION:
+    if readout.kind.has_queries:
         shapes[QUERIES] = (len(layers), num_queries, spec.hidden_size)
     if manifest["problem_type"] == ProblemType.EMBEDDING:
         return shapes

@@ -14,13 +14,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from app.domain import ReadoutKind, TaskOutput
+from app.domain import Encoding, ReadoutKind, TaskOutput
 from app.engine.attention import Segment, additive_mask, cat_tokens
 from app.engine.backbone import Backbone
 from app.engine.batch import Batch, Block, Chunk, LayerStep, Placed, Read, Readers
 from app.engine.families import Context
 from app.engine.graphs import TrunkGraphs
-from app.engine.heads import attend_tokens, mean_tokens
+from app.engine.heads import attend_sides, attend_tokens, compare_sides, mean_tokens, sides_of
 from app.engine.scoring import Pieces, Scores, score
 
 _STEP = 16  # products run over a multiple of so many tokens, so that few kernels serve all lengths
@@ -115,12 +115,14 @@ class _Inputs:
     """The batch's token tensors, and the masks that its layers share."""
 
     backbone: Backbone
+    encodings: Sequence[Encoding]  # of the plans
     input_ids: Tensor  # [plans, tokens]
     token_type_ids: Tensor
     text_mask: Tensor | None  # bool [plans, tokens], True: a token of the text; None: nothing is padded
     masks: dict[tuple[object, ...], Tensor | None]
     contexts: dict[tuple[object, ...], Context]
     places: dict[tuple[object, ...], Tensor | None]
+    sides: Tensor | None = None  # see `sides_of`; None: nobody has asked for them yet
 
     @classmethod
     def of(cls, batch: Batch, backbone: Backbone) -> _Inputs:
@@ -132,6 +134,7 @@ class _Inputs:
         mask = None if bool((lengths == width).all()) else torch.arange(width) < lengths.unsqueeze(1)
         return cls(
             backbone,
+            encodings,
             backbone.bring(ids),
             backbone.bring(types),
             None if mask is None else backbone.bring(mask),
@@ -198,6 +201,14 @@ class _Inputs:
             return None
         parts = [self.text_mask[p.block.plans] for p in members]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def sides_of(self, block: Block) -> Tensor:
+        """bool [rows, 2, tokens]: which tokens are the first text's of a pair, and which the second's."""
+        if self.sides is None:
+            starts = self.backbone.bring(torch.tensor([encoding.pair_start for encoding in self.encodings]))
+            mask = self.text_mask
+            self.sides = sides_of(torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask, starts)
+        return self.sides[block.plans]
 
     def _mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
         layout = (num_virtual_tokens, window, *_layout(members))
@@ -293,6 +304,8 @@ def _take(
     """What each of a block's readers finds in its states [rows, tokens, d] behind one layer."""
     if mean is not None:
         yield from _pool(read, states, mean, layer, inputs)
+    if any(readers.readout.kind is ReadoutKind.MATCHING for readers in read.readers):
+        yield from _match(read, states, layer, inputs)
     for readers in read.readers:
         match readers.readout.kind:
             case ReadoutKind.CLS:
@@ -308,12 +321,7 @@ def _pool(
 ) -> Iterator[tuple[Readers, list[Tensor]]]:
     """The mean, and what the readers' own queries find: one matrix product for all queries of all versions."""
     all_readers = [readers for readers in read.readers if readers.readout.kind in _POOLED]
-    queries = [
-        resident.head.queries[readers.readout.layers.index(layer)]
-        for readers in all_readers
-        for resident in readers.residents
-        if resident.head.queries is not None
-    ]
+    queries = _queries(all_readers, layer)
     mask = None if inputs.text_mask is None else inputs.text_mask[read.block.plans]
     attended = attend_tokens(states, torch.cat(queries), mask) if queries else mean
     start = 0
@@ -326,6 +334,30 @@ def _pool(
             )
             start = stop
         yield readers, found
+
+
+def _match(read: Read, states: Tensor, layer: int, inputs: _Inputs) -> Iterator[tuple[Readers, list[Tensor]]]:
+    """Of each text of a pair what `_pool` finds in the whole, and how the two differ."""
+    all_readers = [readers for readers in read.readers if readers.readout.kind is ReadoutKind.MATCHING]
+    found = attend_sides(states, torch.cat(_queries(all_readers, layer)), inputs.sides_of(read.block))
+    mean, attended = found[:, :, :1], found[:, :, 1:]  # [rows, 2, 1, d], [rows, 2, all queries, d]
+    start = 0
+    for readers in all_readers:
+        count, num_queries = len(readers.versions), readers.readout.num_queries
+        own = attended[:, :, start : start + count * num_queries].view(len(found), 2, count, num_queries, -1)
+        start += count * num_queries
+        sides = torch.cat((mean.unsqueeze(2).expand(-1, -1, count, -1, -1), own), dim=3)
+        yield readers, [compare_sides(sides.transpose(1, 2))]
+
+
+def _queries(all_readers: Sequence[Readers], layer: int) -> list[Tensor]:
+    """Each version's of one layer, [queries, d]."""
+    return [
+        resident.head.queries[readers.readout.layers.index(layer)]
+        for readers in all_readers
+        for resident in readers.residents
+        if resident.head.queries is not None
+    ]
 
 
 def _for_each(readers: Readers, found: Tensor) -> Tensor:

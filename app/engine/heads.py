@@ -1,7 +1,8 @@
 """Readouts and heads: from the states of rows to scores. Knows tensors and readouts; nothing of batches or threads.
 
 The attention readout is one softmax over a row's tokens for each learned query (score = query · state, with the key
-projection folded into the query), beside the mean of the layer.
+projection folded into the query), beside the mean of the layer. The matching readout has both for each text of a pair,
+and how the two differ.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from app.domain import HeadKind, ProblemType, ReadoutKind, TaskVersion
+from app.domain import HeadKind, ProblemType, TaskVersion
 from app.engine.chain import TRANSITIONS, decode
 from app.engine.linear import Linear, LinearBank, apply_all
 
@@ -51,7 +52,7 @@ class ResidentHead:
         cls, version: TaskVersion, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], bank: LinearBank
     ) -> ResidentHead:
         queries = None
-        if version.readout.kind is ReadoutKind.ATTENTION:
+        if version.readout.kind.has_queries:
             queries = tensors[QUERIES].to(bank.device, torch.float32, copy=True).contiguous()
         if version.problem_type is ProblemType.EMBEDDING:
             return cls(queries, None, "", None, version.problem_type)
@@ -137,6 +138,39 @@ def mean_tokens(states: Tensor, mask: Tensor | None) -> Tensor:
         return states.mean(dim=1, keepdim=True)
     weights = mask.to(states.dtype) / mask.sum(dim=1, keepdim=True)
     return torch.bmm(weights.unsqueeze(1), states)
+
+
+def sides_of(mask: Tensor, pair_starts: Tensor) -> Tensor:
+    """Which tokens are the first text's of a pair and which the second's, bool [rows, 2, tokens].
+
+    mask bool [rows, tokens] (True: a token of the text), pair_starts [rows]: the second text's first token; 0: there
+    is one text, which is both.
+    """
+    places, starts = torch.arange(mask.shape[1], device=mask.device), pair_starts.unsqueeze(1)
+    second = mask & (places >= starts)
+    return torch.stack((mask & ((places < starts) | (starts == 0)), second), dim=1)
+
+
+def attend_sides(states: Tensor, queries: Tensor, sides: Tensor) -> Tensor:
+    """Of each text of a pair its mean, and each query's attention result over it, [rows, 2, 1 + q, d] in float32.
+
+    states [rows, tokens, d], queries [q, d], sides bool [rows, 2, tokens]: each text's tokens, one at least.
+    """
+    states = states.float()
+    mean = sides.to(states.dtype) / sides.sum(dim=-1, keepdim=True)  # [rows, 2, tokens]
+    scores = torch.matmul(queries, states.transpose(1, 2)).unsqueeze(1)  # [rows, 1, q, tokens]
+    attended = torch.softmax(scores.masked_fill(~sides.unsqueeze(2), float("-inf")), dim=-1)
+    weights = torch.cat((mean.unsqueeze(2), attended), dim=2)  # [rows, 2, 1 + q, tokens]
+    return torch.bmm(weights.flatten(1, 2), states).view(*weights.shape[:3], -1)
+
+
+def compare_sides(found: Tensor) -> Tensor:
+    """What was found in each text of a pair, u and v [..., 2, n, d] → u, v, |u - v|, u · v [..., 4n, d].
+
+    Heuristic matching: Mou et al. 2016 (arXiv 1512.08422).
+    """
+    u, v = found.unbind(dim=-3)
+    return torch.cat((u, v, (u - v).abs(), u * v), dim=-2)
 
 
 def scores_of(problem_type: ProblemType, logits: Tensor) -> Tensor:

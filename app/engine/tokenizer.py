@@ -84,7 +84,7 @@ class TextTokenizer:
             encoded = self._truncator(limit).encode(text.text, text.text_pair)
         if len(encoded) <= self._special_tokens[text.text_pair is not None]:
             return "has nothing that the model can read"
-        return _to_domain(encoded, too_long, has_offsets)
+        return _to_domain(encoded, too_long, has_offsets, text.text_pair is not None)
 
     def _count_special(self, is_pair: bool) -> int:
         return int(self._plain.num_special_tokens_to_add(is_pair))
@@ -105,11 +105,18 @@ def _pieces(text: TextInput) -> str | tuple[str, str]:
     return text.text if text.text_pair is None else (text.text, text.text_pair)
 
 
-def _to_domain(encoded: RustEncoding, truncated: bool, has_offsets: bool) -> Encoding:
+def _to_domain(encoded: RustEncoding, truncated: bool, has_offsets: bool, is_pair: bool) -> Encoding:
     return Encoding(
         input_ids=tuple(encoded.ids),
         token_type_ids=tuple(encoded.type_ids),
         offsets=tuple(encoded.offsets) if has_offsets else (),
         word_ids=tuple(encoded.word_ids) if has_offsets else (),
         truncated=truncated,
+        pair_start=_pair_start(encoded) if is_pair else 0,
     )
+
+
+def _pair_start(encoded: RustEncoding) -> int:
+    """A second text of which no token is left is the last, special, token: both sides of a pair have one."""
+    sides = encoded.sequence_ids
+    return max(1, sides.index(1) if 1 in sides else len(sides) - 1)

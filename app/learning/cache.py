@@ -74,12 +74,33 @@ class Gathered:
 
     index: Tensor  # [rows, tokens] into the flat tensors
     mask: Tensor  # bool [rows, tokens], True: a token of the text
+    pair_starts: Tensor  # [rows], as `Extents` has them
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extents:
+    """Where texts lie in the flat tensors."""
+
+    starts: Tensor  # [texts], each text's first flat row; the same for equal texts
+    lengths: Tensor  # [texts]
+    pair_starts: Tensor  # [texts], the first token of a pair's second text; 0: there is one text
+
+    def of(self, texts: Tensor) -> Extents:
+        """`texts`: indices [rows]."""
+        return Extents(self.starts[texts], self.lengths[texts], self.pair_starts[texts])
+
+    def gather(self, texts: Tensor) -> Gathered:
+        """`texts`: indices [rows]."""
+        own = self.of(texts)
+        steps = torch.arange(int(own.lengths.max()))
+        last = own.starts + own.lengths - 1
+        index = torch.minimum(own.starts.unsqueeze(1) + steps, last.unsqueeze(1))
+        return Gathered(index, steps < own.lengths.unsqueeze(1), own.pair_starts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateCache:
-    starts: Tensor  # [texts], each text's first flat row; the same for equal texts
-    lengths: Tensor  # [texts]
+    extents: Extents
     reads: dict[int, Tensor]  # layer → [tokens, d]
     fork: Tensor | None  # [tokens, d]
 
@@ -87,16 +108,21 @@ class StateCache:
         return int(self.lengths.shape[0])
 
     @property
+    def lengths(self) -> Tensor:
+        """[texts]"""
+        return self.extents.lengths
+
+    @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
     def gather(self, texts: Tensor) -> Gathered:
         """`texts`: indices [rows]."""
-        return _gather(self.starts, self.lengths, texts)
+        return self.extents.gather(texts)
 
     def subset(self, texts: Tensor) -> StateCache:
         """A view of these texts [texts] alone: the flat tensors, and what is indexed by token, stay as they are."""
-        return StateCache(self.starts[texts], self.lengths[texts], self.reads, self.fork)
+        return StateCache(self.extents.of(texts), self.reads, self.fork)
 
 
 def states_at(flat: Tensor, batch: Gathered) -> Tensor:
@@ -122,12 +148,13 @@ def build_cache(
     firsts, owners = _distinct(encodings) if once else (list(range(len(encodings))), torch.arange(len(encodings)))
     distinct, counts = [encodings[i] for i in firsts], owners.bincount()
     lengths = torch.tensor([len(encoding) for encoding in distinct])
-    starts = lengths.cumsum(0) - lengths
+    pair_starts = torch.tensor([encoding.pair_start for encoding in distinct])
+    extents = Extents(lengths.cumsum(0) - lengths, lengths, pair_starts)
     total, width = int(lengths.sum()), backbone.spec.hidden_size
     kept = {*plan.cached_reads} | ({plan.fork_layer} if plan.fork_layer is not None else set())
     flat = flat_tensors(kept, total, width, _STORED)
     for texts in _batches(lengths):
-        batch = _gather(starts, lengths, texts)
+        batch = extents.gather(texts)
         for layer, states in _run(backbone, [distinct[i] for i in texts.tolist()], batch, plan, begin):
             target = flat.get(layer)
             if target is not None:
@@ -136,7 +163,7 @@ def build_cache(
         if advance is not None:
             advance(int(counts[texts].sum()))
     fork = None if plan.fork_layer is None else flat[plan.fork_layer]
-    return StateCache(starts[owners], lengths[owners], {layer: flat[layer] for layer in plan.cached_reads}, fork)
+    return StateCache(extents.of(owners), {layer: flat[layer] for layer in plan.cached_reads}, fork)
 
 
 def _distinct(encodings: Sequence[Encoding]) -> tuple[list[int], Tensor]:
@@ -205,13 +232,6 @@ def _embedded(backbone: Backbone, encodings: Sequence[Encoding], width: int, pos
     ids = torch.tensor([e.input_ids + (0,) * (width - len(e)) for e in encodings], device=device)
     types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings], device=device)
     return backbone.embed(ids, types, positions(backbone, ids, position_offset))
-
-
-def _gather(starts: Tensor, lengths: Tensor, texts: Tensor) -> Gathered:
-    steps = torch.arange(int(lengths[texts].max()))
-    mask = steps < lengths[texts].unsqueeze(1)
-    last = starts[texts] + lengths[texts] - 1
-    return Gathered(torch.minimum(starts[texts].unsqueeze(1) + steps, last.unsqueeze(1)), mask)
 
 
 def _batches(lengths: Tensor) -> Iterator[Tensor]:

@@ -89,7 +89,9 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is learned")
     readouts = [kind.value for kind in ReadoutKind]
-    group.add_argument("--readout", choices=readouts, help="default attention; tokens where tokens are tagged")
+    group.add_argument(
+        "--readout", choices=readouts, help="default attention; matching for pairs, tokens for tags of tokens"
+    )
     group.add_argument("--read-layers", type=numbers, metavar="N,N", help="default: the last of each third")
     group.add_argument("--num-queries", type=int, metavar="N", help="for each layer read: 2 for up to 8 labels, else 4")
     group.add_argument("--hidden", type=int, metavar="N", help=_HIDDEN)

@@ -345,7 +345,8 @@ class Experiment:
     def _head(self, study: Study, readout: str, prefixes: tuple[Path, ...], seed: int, task: str) -> Recipe:
         """A light head; few rows are gone through more often."""
         rows = len(study.tables.train.examples)
-        base = Recipe(task="head", prefixes=prefixes, seed=seed, measure=self._measure(task))
+        attention = ReadoutKind.ATTENTION  # of pairs too: all targets are read in the same two ways
+        base = Recipe(task="head", readout=attention, prefixes=prefixes, seed=seed, measure=self._measure(task))
         epochs = max(self.plan.head_epochs, epochs_for(self.plan.least_steps, rows, base.batch_size))
         patience = -(-base.patience * epochs // self.plan.head_epochs)
         base = replace(base, epochs=epochs, patience=patience)

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from app.domain import HeadKind, ReadoutKind
 from app.engine.artifact_checks import feature_size
 from app.engine.backbone import Backbone
-from app.engine.heads import ACTIVATIONS, QUERIES, attend_tokens, head_tensor_names, join_layers, mean_tokens
+from app.engine.heads import (
+    ACTIVATIONS,
+    QUERIES,
+    attend_sides,
+    attend_tokens,
+    compare_sides,
+    head_tensor_names,
+    join_layers,
+    mean_tokens,
+    sides_of,
+)
 from app.learning.cache import Gathered, StateCache, states_at
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix, differentiable_attention, run_layers
@@ -33,7 +43,7 @@ class TaskModel(nn.Module):
         self.recipe = recipe
         readout, width = recipe.reads, backbone.spec.hidden_size
         self.queries: nn.Parameter | None = None
-        if readout.kind is ReadoutKind.ATTENTION:
+        if readout.kind.has_queries:
             shape = (len(readout.layers), readout.num_queries, width)
             self.queries = nn.Parameter(torch.randn(shape) * _QUERY_STD)
         self.prefix = None if prefix is None else nn.Parameter(prefix.clone().float())
@@ -48,7 +58,7 @@ class TaskModel(nn.Module):
     def forward(self, cache: StateCache, batch: Gathered, chosen: Tensor | None = None) -> Tensor:
         """Logits [rows, labels]; for tokens [chosen tokens, labels], `chosen` a bool [rows, tokens]."""
         mask = batch.mask.to(self.out.weight.device)
-        pieces = self._pieces(self._reads(cache, batch, mask), mask, chosen)
+        pieces = self._pieces(self._reads(cache, batch, mask), mask, batch.pair_starts, chosen)
         if self.recipe.readout is ReadoutKind.TOKENS:
             return self.head(torch.cat(pieces, dim=-1))
         return self.head(join_layers(pieces))
@@ -87,7 +97,9 @@ class TaskModel(nn.Module):
                     reads[passed] = backbone.read_states(passed, states).float()
         return reads
 
-    def _pieces(self, reads: dict[int, Tensor], mask: Tensor, chosen: Tensor | None) -> list[Tensor]:
+    def _pieces(
+        self, reads: dict[int, Tensor], mask: Tensor, pair_starts: Tensor, chosen: Tensor | None
+    ) -> list[Tensor]:
         backbone = self._backbone[0]
         states = [reads[layer] for layer in self.recipe.read_layers]
         match self.recipe.readout:
@@ -95,6 +107,11 @@ class TaskModel(nn.Module):
                 assert self.queries is not None
                 layers = zip(states, self.queries, strict=True)
                 return [piece for s, q in layers for piece in (mean_tokens(s, mask), attend_tokens(s, q, mask))]
+            case ReadoutKind.MATCHING:
+                assert self.queries is not None
+                sides = sides_of(mask, pair_starts.to(mask.device))
+                layers = zip(states, self.queries, strict=True)
+                return [compare_sides(attend_sides(s, q, sides)) for s, q in layers]
             case ReadoutKind.CLS:
                 return [s[:, :1] for s in states]
             case ReadoutKind.POOLER:

@@ -137,7 +137,7 @@ class Search:
             fits.append(self._fit_trunk(task, study, wide, " of all layers"))
         best = max(fits, key=_dev)
         task.readouts = [best.recipe]
-        if slow.readout is ReadoutKind.ATTENTION:
+        if slow.reads.kind.has_queries:
             rate = _LINEAR_RATE * base.learning_rate
             linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
             plain = self._fit_trunk(task, study, study.completed(linear), ", linear")

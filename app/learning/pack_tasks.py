@@ -233,7 +233,7 @@ def _read_task(member: Member, spec: BackboneSpec, tokenizer: TextTokenizer) -> 
     recipe = with_enough_steps(bare, len(train.examples))
     own = replace(recipe, num_virtual_tokens=num_virtual_tokens_of(member))
     try:
-        own.completed(tables.problem_type, tables.num_outputs, spec)
+        own.completed(tables.problem_type, tables.num_outputs, spec, tables.train.input_kind)
     except SettingsError as error:
         raise SettingsError(f"{member.recipe.task}: {error}") from error
     return Task(member, tables, replace(tables, train=train, dev=dev), None, recipe)

@@ -147,7 +147,7 @@ def _random_token(
 ) -> Tensor:
     """[layers, 2, heads, head size] of one token between the special ones."""
     assert cache.fork is not None
-    start, length = int(cache.starts[text]), int(cache.lengths[text])
+    start, length = int(cache.extents.starts[text]), int(cache.lengths[text])
     states = cache.fork[start : start + length].unsqueeze(0).to(backbone.device, backbone.dtype)
     mask = torch.ones(1, length, dtype=torch.bool, device=backbone.device)
     token = int(torch.randint(1, max(2, length - 1), (1,), generator=generator))

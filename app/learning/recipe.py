@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from app.domain import BackboneSpec, ProblemType, Readout, ReadoutKind
+from app.domain import BackboneSpec, InputKind, ProblemType, Readout, ReadoutKind
 from app.engine.artifact_checks import NAME
 from app.errors import SettingsError
 from app.learning.problems import CHOICES, MEASURES
@@ -47,11 +47,17 @@ class Recipe:
         stated |= {"readout": ReadoutKind(stated["readout"]), "read_layers": tuple(stated["read_layers"])}
         return replace(cls(manifest["task"], **stated), **changes)
 
-    def completed(self, problem_type: ProblemType, num_outputs: int, spec: BackboneSpec) -> Recipe:
+    def completed(
+        self,
+        problem_type: ProblemType,
+        num_outputs: int,
+        spec: BackboneSpec,
+        input_kind: InputKind = InputKind.TEXT,
+    ) -> Recipe:
         """With every choice made. Raises SettingsError where one cannot work."""
         is_token = problem_type is ProblemType.TOKEN
-        kind = self.readout or (ReadoutKind.TOKENS if is_token else ReadoutKind.ATTENTION)
-        many = kind in (ReadoutKind.ATTENTION, ReadoutKind.TOKENS)
+        kind = self.readout or usual_readout(problem_type, input_kind)
+        many = kind.has_queries or kind is ReadoutKind.TOKENS
         layers = self.read_layers or (_thirds(spec.num_layers) if many else (spec.num_layers,))
         num_queries, width = _readout_size(num_outputs)
         recipe = replace(
@@ -65,6 +71,10 @@ class Recipe:
         if recipe.measure and recipe.measure not in (choices := CHOICES.get(problem_type, ())):
             known = ", ".join(choices)
             raise SettingsError(f"--measure {recipe.measure} is nothing that this problem has: give one of {known}")
+        if kind is ReadoutKind.MATCHING and input_kind is not InputKind.PAIR:
+            raise SettingsError(
+                "--readout matching compares the texts of a pair, and these rows have one: leave it out"
+            )
         recipe._check(is_token, spec)
         return recipe
 
@@ -72,7 +82,7 @@ class Recipe:
     def reads(self) -> Readout:
         """The readout of a completed recipe."""
         assert self.readout is not None and self.num_queries is not None
-        queries = self.num_queries if self.readout is ReadoutKind.ATTENTION else 0
+        queries = self.num_queries if self.readout.has_queries else 0
         return Readout(self.readout, self.read_layers, queries)
 
     def settings(self) -> dict[str, Any]:
@@ -86,7 +96,7 @@ class Recipe:
         idle = set[str]()
         if not self.num_virtual_tokens:
             idle |= {"num_virtual_tokens", "first_layer", "prefix_learning_rate"}
-        if self.readout is not ReadoutKind.ATTENTION:
+        if not self.reads.kind.has_queries:
             idle |= {"num_queries", "query_learning_rate"}
         if not self.hidden:
             idle |= {"activation"}
@@ -96,6 +106,12 @@ class Recipe:
         faults = _faults(self, is_token, spec)
         if faults:
             raise SettingsError(faults[0])
+
+
+def usual_readout(problem_type: ProblemType, input_kind: InputKind) -> ReadoutKind:
+    if problem_type is ProblemType.TOKEN:
+        return ReadoutKind.TOKENS
+    return ReadoutKind.MATCHING if input_kind is InputKind.PAIR else ReadoutKind.ATTENTION
 
 
 def epochs_for(steps: int, rows: int, batch_size: int) -> int:

@@ -92,8 +92,8 @@ def _recipes(
 ) -> Iterator[tuple[str, Recipe]]:
     top = study.backbone.spec.num_layers
     is_token, is_pair = study.tables.problem_type is ProblemType.TOKEN, study.tables.train.input_kind is InputKind.PAIR
+    readout = study.completed(base).reads.kind
     count = min(PAIR_VIRTUAL_TOKENS if is_pair else NUM_VIRTUAL_TOKENS, study.backbone.spec.max_tokens // 2)
-    readout = "tokens" if is_token else "attention"
     if Arrangement.TRUNK in arrangements:
         if not is_token and not {"hidden", "num_queries"} & set(given):
             rate = base.learning_rate * (1 if "learning_rate" in given else 5)
@@ -123,7 +123,7 @@ def refinements(chosen: Candidate, study: Study, given: Collection[str] = ()) ->
     ]
     if recipe.hidden:
         changes.append(("dropout 0.1", "dropout", 0.1))
-    if recipe.readout is ReadoutKind.ATTENTION and recipe.num_queries:
+    if recipe.reads.kind.has_queries and recipe.num_queries:
         more = 2 * recipe.num_queries
         changes.append((f"{more} queries a layer", "num_queries", more))
     if study.tables.problem_type is ProblemType.MULTI_LABEL:  # a mean over labels, which the loss is not

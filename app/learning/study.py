@@ -20,7 +20,7 @@ from app.engine.backbone import Backbone
 from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError
 from app.learning.alignment import tags_of_words, word_starts
-from app.learning.cache import CachePlan, StateCache, build_cache
+from app.learning.cache import CachePlan, Extents, StateCache, build_cache
 from app.learning.data import OUTSIDE, Table, check_fits, label_names, read_table
 from app.learning.model import TaskModel
 from app.learning.prepare import Frozen, cache_plan, encode, initial_prefix, limit_tokens, read_frozen, tokenized
@@ -140,7 +140,7 @@ class _View:
     encodings: dict[str, list[Encoding]] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
     states: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))  # layer → [tokens, d]
-    extents: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # starts and lengths [texts]
+    extents: dict[str, Extents] = field(default_factory=dict)
 
 
 class Study:
@@ -158,7 +158,8 @@ class Study:
         self._rows: Mapping[str, Sequence[int]] = {}
 
     def completed(self, recipe: Recipe) -> Recipe:
-        return recipe.completed(self.tables.problem_type, self.tables.num_outputs, self.backbone.spec)
+        tables = self.tables
+        return recipe.completed(tables.problem_type, tables.num_outputs, self.backbone.spec, tables.train.input_kind)
 
     def prepare(self, recipes: Iterable[Recipe], splits: Iterable[str] = ("train", "dev")) -> None:
         """Compute what these recipes read, each layer of each text once."""
@@ -207,9 +208,9 @@ class Study:
         """The states that `plan` asks for of one table, and its targets."""
         self._compute(name, [plan])
         view = self._views[_key(plan)]
-        states, (starts, lengths) = view.states[name], view.extents[name]
+        states = view.states[name]
         fork = None if plan.fork_layer is None else states[plan.fork_layer]
-        cache = StateCache(starts, lengths, {layer: states[layer] for layer in plan.cached_reads}, fork)
+        cache = StateCache(view.extents[name], {layer: states[layer] for layer in plan.cached_reads}, fork)
         return Split(cache, view.targets[name])
 
     def num_looks(self, recipe: Recipe) -> int:
@@ -303,7 +304,7 @@ class Study:
         lower = [layer for layer in view.states[name] if 0 < layer < min(keep.cached_reads, default=0)]
         begin = (max(lower), view.states[name][max(lower)]) if lower else None
         cache = build_cache(self.backbone, encodings, keep, self.watcher.advance, begin=begin)
-        view.extents[name] = cache.starts, cache.lengths
+        view.extents[name] = cache.extents
         return cache
 
     def _encode(self, name: str, plan: CachePlan) -> list[Encoding]:
@@ -333,8 +334,7 @@ def _part_of(view: _View, rows: Mapping[str, Sequence[int]]) -> _View:
             part.encodings[name] = [view.encodings[name][row] for row in chosen]
             part.targets[name] = view.targets[name][index]
         if name in view.extents:
-            starts, lengths = view.extents[name]
-            part.extents[name] = starts[index], lengths[index]
+            part.extents[name] = view.extents[name].of(index)
     return part
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from app.domain import ProblemType
 from app.engine.heads import mean_tokens
 from app.errors import DataError
-from app.learning.cache import Gathered, StateCache, flat_tensors, states_at
+from app.learning.cache import Extents, Gathered, StateCache, flat_tensors, states_at
 from app.learning.chain import Chain
 from app.learning.model import TaskModel
 from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of, tagged
@@ -57,8 +57,8 @@ class Split:
             batch = cache.gather(texts)
             for layer, flat in cache.reads.items():
                 reads[layer][texts] = mean_tokens(states_at(flat, batch), batch.mask).squeeze(1)
-        single = StateCache(torch.arange(count), torch.ones_like(cache.lengths), reads, None)
-        return Split(single, self.targets, self.lengths)
+        extents = Extents(torch.arange(count), torch.ones_like(cache.lengths), torch.zeros_like(cache.lengths))
+        return Split(StateCache(extents, reads, None), self.targets, self.lengths)
 
 
 @dataclass(frozen=True, slots=True)

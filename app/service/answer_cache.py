@@ -31,6 +31,7 @@ class _Words:
     token_type_ids: array[int]
     bounds: array[int]  # start and end of each token in turn; empty: kept without offsets
     word_ids: array[int]
+    pair_start: int
 
     @property
     def size_bytes(self) -> int:
@@ -97,7 +98,9 @@ class AnswerCache:
 def _words(encoding: Encoding) -> _Words:
     bounds = array("i", [bound for offset in encoding.offsets for bound in offset])
     word_ids = array("i", [_NO_WORD if word is None else word for word in encoding.word_ids])
-    return _Words(array("i", encoding.input_ids), array("b", encoding.token_type_ids), bounds, word_ids)
+    return _Words(
+        array("i", encoding.input_ids), array("b", encoding.token_type_ids), bounds, word_ids, encoding.pair_start
+    )
 
 
 def _encoding(words: _Words) -> Encoding:
@@ -106,6 +109,7 @@ def _encoding(words: _Words) -> Encoding:
         tuple(words.token_type_ids),
         tuple(zip(words.bounds[::2], words.bounds[1::2], strict=True)),
         tuple([None if word == _NO_WORD else word for word in words.word_ids]),
+        pair_start=words.pair_start,
     )
 
 

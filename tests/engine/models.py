@@ -118,9 +118,9 @@ def make_artifact(
         tensors[name] = random(length, (spec.num_layers - first_layer) * width, scale=1.0)
         digest = prefix_digest(tensors[name], first_layer)
         listed.append({"digest": digest, "num_virtual_tokens": length, "first_layer": first_layer})
-    if readout == "attention":
+    if num_queries:
         tensors["queries"] = random(len(layers), num_queries, spec.hidden_size)
-    features = len(layers) * (1 + num_queries) * spec.hidden_size
+    features = len(layers) * (4 if readout == "matching" else 1) * (1 + num_queries) * spec.hidden_size
     outputs = 1 if problem_type == "regression" else labels
     if hidden:
         tensors["base_model.classifier.dense.weight"] = random(hidden, features, scale=0.1)
@@ -136,6 +136,7 @@ def make_artifact(
         "format_version": 1,
         "task": task,
         "problem_type": problem_type,
+        "input": "pair" if readout == "matching" else "text",
         "labels": [] if problem_type in ("regression", "embedding") else [f"l{i}" for i in range(labels)],
         "readout": {"kind": readout, "layers": layers, "num_queries": num_queries},
         "head": {"kind": "hidden" if hidden else "linear", "activation": activation},
@@ -151,8 +152,9 @@ def random_encoding(length: int, seed: int, pair: bool = False) -> Encoding:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
     split = length // 2 if pair else length
-    words = sorted(torch.randint(0, 6, (length - 2,), generator=generator).tolist())
-    return Encoding(tuple(ids), (0,) * split + (1,) * (length - split), word_ids=(None, *words, None))
+    words = (None, *sorted(torch.randint(0, 6, (length - 2,), generator=generator).tolist()), None)
+    types = (0,) * split + (1,) * (length - split)
+    return Encoding(tuple(ids), types, word_ids=words, pair_start=split if pair else 0)
 
 
 def best_of_all(scores: Tensor, transitions: Tensor) -> Tensor:
@@ -221,7 +223,11 @@ def reference_scores(network: nn.Module, artifact: Artifact, encoding: Encoding)
         arguments["position_ids"] = torch.arange(ids.shape[1])[None] + version.position_offset + first
     out = network(**arguments, output_hidden_states=True)
     hidden = [*out.hidden_states[:-1], out.last_hidden_state]
-    features = _features(manifest, tensors, [hidden[n][0] for n in version.readout.layers], out)
+    states = [hidden[n][0] for n in version.readout.layers]
+    if version.readout.kind == "matching":
+        features = _compared(tensors, states, encoding.pair_start)
+    else:
+        features = _features(manifest, tensors, states, out)
     return _head(manifest, tensors, features)
 
 
@@ -236,11 +242,20 @@ def _features(manifest: Any, tensors: Any, states: list[Tensor], out: Any) -> Te
         case "tokens":
             return torch.cat(states, dim=-1)
         case _:
-            pieces = []
-            for layer, s in enumerate(states):
-                pieces.append(s.mean(0))
-                pieces.extend((s @ query).softmax(0) @ s for query in tensors["queries"][layer])
-            return torch.cat(pieces)
+            return torch.cat([_pooled(s, tensors["queries"][layer]) for layer, s in enumerate(states)])
+
+
+def _pooled(states: Tensor, queries: Tensor) -> Tensor:
+    return torch.cat([states.mean(0), *((states @ query).softmax(0) @ states for query in queries)])
+
+
+def _compared(tensors: Any, states: list[Tensor], pair_start: int) -> Tensor:
+    """One text alone is compared with itself."""
+    pieces = []
+    for layer, s in enumerate(states):
+        u, v = (_pooled(side, tensors["queries"][layer]) for side in (s[: pair_start or len(s)], s[pair_start:]))
+        pieces += [u, v, (u - v).abs(), u * v]
+    return torch.cat(pieces)
 
 
 def _head(manifest: Any, tensors: Any, features: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.domain import BackboneSpec, TextInput
+from app.domain import BackboneSpec, Readout, ReadoutKind, TextInput
 from app.engine.artifact import flatten_prefix, read_artifact, unflatten_prefix
 from app.engine.artifact_checks import find_faults, prefix_digest
 from app.engine.backbone import Backbone
@@ -116,6 +116,19 @@ def test_all_faults_are_listed_at_once(folder: Path) -> None:
         "3 thresholds for 2 labels",
     ):
         assert part in text
+
+
+def test_matching_is_of_pairs(folder: Path) -> None:
+    readout = {"kind": "matching", "layers": [1, 4], "num_queries": 2}
+    _change(folder, readout=readout)
+    assert _faults(folder) == ("the readout matching compares the texts of a pair, and the input is not pair",)
+    _change(folder, readout=readout | {"num_queries": 0}, input="pair")
+    assert _faults(folder) == ("the readout matching needs num_queries of 1 or more",)
+    _change(folder, readout=readout, input="pair")
+    (fault,) = _faults(folder)
+    assert fault.endswith("not any × 768")  # 2 layers, 4 parts of a mean and 2 queries each, 32 numbers
+    _tensors(folder, lambda tensors: tensors.update({f"{HEAD}.dense.weight": torch.zeros(5, 768)}))
+    assert read_artifact(folder, SPEC).version(1).readout == Readout(ReadoutKind.MATCHING, (1, 4), 2)
 
 
 def test_every_tensor_at_fault_is_named(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_what_just_fits_stays_in_memory(
 def test_a_text_that_stands_there_twice_is_run_once(backbone: Backbone, encodings: list[Encoding]) -> None:
     told: list[int] = []
     cache = build_cache(backbone, [*encodings, *encodings[::2]], PLAN, told.append)
-    assert cache.starts.tolist() == [*cache.starts[:40].tolist(), *cache.starts[:40:2].tolist()]
+    assert cache.extents.starts.tolist() == [*cache.extents.starts[:40].tolist(), *cache.extents.starts[:40:2].tolist()]
     assert cache.fork is not None and len(cache.fork) == sum(map(len, encodings))
     assert sum(told) == 60
     once = build_cache(backbone, encodings, PLAN)
@@ -114,7 +114,7 @@ def test_texts_of_words_have_states_of_their_own(backbone: Backbone, encodings: 
     """Equal ones may have different tags, token by token."""
     worded = [replace(encoding, word_ids=tuple(range(len(encoding)))) for encoding in (*encodings, *encodings)]
     cache = build_cache(backbone, worded, PLAN)
-    assert len(set(cache.starts.tolist())) == 80
+    assert len(set(cache.extents.starts.tolist())) == 80
     assert cache.fork is not None and len(cache.fork) == sum(map(len, worded))
 
 

@@ -138,8 +138,10 @@ def learned(folder: Path, files: Files, backbone: Backbone, **changes: Any) -> d
         (samples.multi_rows, {}),
         (samples.regression_rows, {"epochs": 15}),
         (samples.pair_rows, {}),
+        (samples.pair_rows, {"num_virtual_tokens": 4, "first_layer": 1, "read_layers": (1, 3), "epochs": 8}),
+        (samples.pair_rows, {"readout": ReadoutKind.ATTENTION}),
     ],
-    ids=["single", "mean", "late-fork", "multi", "regression", "pair"],
+    ids=["single", "mean", "late-fork", "multi", "regression", "pair", "pair-late-fork", "pair-attention"],
 )
 def test_it_learns_and_serves_with_the_scores_that_it_states(
     tmp_path: Path, backbone: Backbone, rows: Rows, changes: dict[str, Any]
@@ -147,6 +149,8 @@ def test_it_learns_and_serves_with_the_scores_that_it_states(
     files = files_of(tmp_path, rows)
     manifest = learned(tmp_path, files, backbone, **changes)
     assert manifest["evaluation"]["test"][manifest["evaluation"]["measure"]] > 0.8
+    usual = ReadoutKind.MATCHING if rows is samples.pair_rows else ReadoutKind.ATTENTION
+    assert manifest["readout"]["kind"] == changes.get("readout", usual)
     artifact = read_artifact(tmp_path / "out", backbone.spec)
     tokenizer = TextTokenizer(backbone.path)
     with evaluation.running(backbone) as engine:
@@ -155,6 +159,13 @@ def test_it_learns_and_serves_with_the_scores_that_it_states(
         scored = evaluation.score(engine, tokenizer, artifact, read_table(files.test))
     figures = evaluation.figures(scored, manifest["labels"], manifest["thresholds"])
     assert figures == manifest["evaluation"]["test"]
+
+
+def test_one_text_has_nothing_to_be_matched_with(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, 40)
+    with pytest.raises(SettingsError, match="--readout matching compares the texts of a pair"):
+        learn(recipe(readout=ReadoutKind.MATCHING), files, tmp_path / "out", (backbone, backbone), Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_learns_to_tag_tokens(tmp_path: Path, backbone: Backbone) -> None:

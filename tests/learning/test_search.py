@@ -357,6 +357,22 @@ def test_two_texts_take_more_virtual_tokens(tmp_path: Path, backbone: Backbone) 
     assert counts == [{0, 16}, {0, 32}]
 
 
+def test_two_texts_are_matched(tmp_path: Path, backbone: Backbone) -> None:
+    study = study_of(files_of(tmp_path, samples.pair_rows, count=60), backbone)
+    found = candidates(recipe(), study, ALL, ())
+    assert {c.recipe.readout for c in found} == {ReadoutKind.MEAN, ReadoutKind.MATCHING}
+    assert [c.name for c in found if c.passes == 1.0][1:] == [
+        "bare trunk, matching",
+        "bare trunk, matching of all layers",
+    ]
+    assert {r.num_queries for c in found for _, r in refinements(c, study) if r.readout is not ReadoutKind.MEAN} == {
+        2,
+        4,
+    }
+    asked = candidates(recipe(readout=ReadoutKind.ATTENTION), study, ALL, ())
+    assert {c.recipe.readout for c in asked} == {ReadoutKind.MEAN, ReadoutKind.ATTENTION}
+
+
 def test_the_prefixes_of_others_are_those_that_are_finished(backbone: Backbone, pool: tuple[Path, ...]) -> None:
     folder = pool[0].parent
     shutil.copytree(pool[0], folder / ".one.draft", dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import tracemalloc
@@ -14,14 +15,14 @@ from app.service.answer_cache import AnswerCache
 
 ROOM = 1_000_000
 TEXT = TextInput("New York is far")
-PLAIN = Encoding((101, 30_000, 7, 102), (0, 0, 1, 1))
+PLAIN = Encoding((101, 30_000, 7, 102), (0, 0, 1, 1), pair_start=2)
 MARKED = Encoding((101, 30_000, 7, 102), (0, 0, 1, 1), ((0, 0), (0, 3), (4, 8), (0, 0)), (None, 0, 1, None))
 SCORES = TaskOutput(tuple(array("f", [0.1, 0.7, 0.2])))
 
 
 def fields(encoding: Encoding | None) -> object:
     assert encoding is not None
-    return (encoding.input_ids, encoding.token_type_ids, encoding.offsets, encoding.word_ids, encoding.truncated)
+    return tuple(getattr(encoding, field.name) for field in dataclasses.fields(encoding))
 
 
 @pytest.mark.parametrize("encoding", [PLAIN, MARKED])
