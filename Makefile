@@ -12,7 +12,7 @@ PEERS := adapterhub limits peers-infinity peers-litserve peers-bentoml
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-drift bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-watching bench-peers format lock clean
+.PHONY: help install run test check bench bench-fanout bench-learning bench-few-labels bench-swaps bench-packing bench-matching bench-drift bench-limits bench-serving bench-growth bench-soak bench-gpu bench-profile bench-experiment bench-int8 bench-watching bench-peers format lock clean
 
 help:
 	@echo "make run      serve on http://127.0.0.1:8080      make run ARGS=\"--port 9000\""
@@ -20,7 +20,7 @@ help:
 	@echo "make check    ruff, mypy, hadolint"
 	@echo "make bench    run the benchmarks                  make bench-peers installs what they compare with"
 	@echo "              one by one: bench-limits bench-fanout bench-serving bench-growth bench-soak bench-swaps bench-gpu"
-	@echo "              on data of yours, DATA=folder: bench-learning bench-few-labels bench-packing bench-drift"
+	@echo "              on data of yours, DATA=folder: bench-learning bench-few-labels bench-packing bench-matching bench-drift"
 	@echo "              bench-experiment; with it bench runs learning, few labels and the experiment's quick run too"
 	@echo "make format   rewrite the sources as ruff would"
 	@echo "make lock     resolve pyproject.toml anew into the lock"
@@ -59,6 +59,9 @@ bench-few-labels: $(VENV)/.dev
 
 bench-swaps: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.bench.swaps $(ARGS)
+
+bench-matching: $(VENV)/.dev
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.matching $(DATA) $(ARGS)
 
 bench-packing: $(VENV)/.dev
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tests.bench.packing $(DATA) $(ARGS)

@@ -23,6 +23,7 @@ REPORTS = {
     "GPU": "bench-gpu",
     "LEARNING": "bench-learning",
     "PACKING": "bench-packing",
+    "MATCHING": "bench-matching",
     "FEWLABELS": "bench-few-labels",
     "DRIFT": "bench-drift",
 }

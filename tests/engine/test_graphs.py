@@ -20,6 +20,7 @@ KINDS: tuple[dict[str, object], ...] = (
     {"readout": "tokens", "layers": [2, 3], "problem_type": "token_classification"},
     {"prefixes": [(7, 2)]},
     {"prefixes": [(4, 3)], "readout": "attention", "layers": [2, 3, 4], "num_queries": 2},
+    {"readout": "matching", "layers": [1, 3], "num_queries": 2, "hidden": 6},
 )
 
 
@@ -53,7 +54,7 @@ def test_a_replay_gives_the_scores_of_the_layers(family: str, make_engine: MakeE
         versions.append(artifact.version(1))
     for tasks in (versions, versions[:4], versions[4:]):
         for lengths in ((9,), (9,), (16,), (16,), (5, 9, 16), (3, 9, 11), (12,), (90,), (94,)):
-            asked = [(random_encoding(n, seed), tasks) for seed, n in enumerate(lengths)]
+            asked = [(random_encoding(n, seed, pair=seed == 1), tasks) for seed, n in enumerate(lengths)]
             for one, other in zip(run(graphed, *asked), run(plain, *asked), strict=True):
                 for mine, theirs in zip(one, other, strict=True):
                     assert_close(mine.scores, theirs.scores)
