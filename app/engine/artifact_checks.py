@@ -127,7 +127,7 @@ def _readout_faults(readout: Mapping[str, Any], spec: BackboneSpec) -> list[str]
     elif sorted(set(layers)) != layers or layers[-1] > spec.num_layers:
         faults.append(f"readout.layers must rise and stay within the backbone's {spec.num_layers} layers: {layers}")
     kind = readout.get("kind")
-    if kind in (ReadoutKind.ATTENTION, ReadoutKind.MATCHING) and not _is_count(readout.get("num_queries"), 1):
+    if kind in [known for known in ReadoutKind if known.has_queries] and not _is_count(readout.get("num_queries"), 1):
         faults.append(f"the readout {kind} needs num_queries of 1 or more")
     if kind == ReadoutKind.POOLER:
         if not spec.has_pooler:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from app.domain import BatchReport, EngineRequest, EngineResult, Plan, TaskOutput
+from app.domain import BatchReport, Encoding, EngineRequest, EngineResult, Plan, TaskOutput
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone, apart
 from app.engine.batch import Batch, Work, lay_out, shares
@@ -380,12 +380,17 @@ def _share(items: Sequence[_Item], num_layers: int) -> list[tuple[Work, list[_It
     Taggers read a text's words too; whoever came without them stands beside any that have them.
     """
     encodings = [item.work.plan.encoding for item in items]
-    words = {(e.input_ids, e.token_type_ids): e.word_ids for e in encodings if e.word_ids}
+    words = {_text_of(encoding): encoding.word_ids for encoding in encodings if encoding.word_ids}
     alike: dict[tuple[tuple[int | None, ...], ...], list[_Item]] = {}
     for item, encoding in zip(items, encodings, strict=True):
-        text = encoding.input_ids, encoding.token_type_ids
+        text = _text_of(encoding)
         alike.setdefault((*text, encoding.word_ids or words.get(text, ())), []).append(item)
     return [(_merged(members, num_layers), members) for members in alike.values()]
+
+
+def _text_of(encoding: Encoding) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int]]:
+    """Where a text holds separators of its own, two pairs can have the same tokens, and begin elsewhere."""
+    return encoding.input_ids, encoding.token_type_ids, (encoding.pair_start,)
 
 
 def _merged(members: Sequence[_Item], num_layers: int) -> Work:

@@ -117,6 +117,6 @@ def _to_domain(encoded: RustEncoding, truncated: bool, has_offsets: bool, is_pai
 
 
 def _pair_start(encoded: RustEncoding) -> int:
-    """A second text of which no token is left is the last, special, token: both sides of a pair have one."""
+    """A pair of which one text has no token is as one text."""
     sides = encoded.sequence_ids
-    return max(1, sides.index(1) if 1 in sides else len(sides) - 1)
+    return sides.index(1) if {0, 1} <= {*sides} else 0

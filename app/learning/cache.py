@@ -173,7 +173,8 @@ def _distinct(encodings: Sequence[Encoding]) -> tuple[list[int], Tensor]:
     owners: list[int] = []
     for row, encoding in enumerate(encodings):
         owner = known.setdefault(
-            row if encoding.word_ids else (encoding.input_ids, encoding.token_type_ids), len(firsts)
+            row if encoding.word_ids else (encoding.input_ids, encoding.token_type_ids, encoding.pair_start),
+            len(firsts),
         )
         if owner == len(firsts):
             firsts.append(row)

@@ -79,7 +79,7 @@ def _representation(
     _check_name(name, spec)
     if readout not in READOUTS:
         raise SettingsError(f"--readout must be one of {', '.join(READOUTS)}: a representation learns nothing")
-    recipe = Recipe(name, readout, read_layers).completed(ProblemType.EMBEDDING, 0, spec)
+    recipe = Recipe(name, readout, read_layers).completed(ProblemType.EMBEDDING, 0, spec, InputKind.TEXT)
     tensors, entries = stored_prefixes(frozen)
     _check_tuple(entries, recipe.read_layers[-1])
     top, first = recipe.read_layers[-1], min(prefix.first_layer for prefix in frozen.prefixes)

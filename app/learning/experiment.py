@@ -200,7 +200,7 @@ class Experiment:
             measure=self._measure(source),
         )
         tables = self.sets.whole[source]
-        return recipe.completed(tables.problem_type, tables.num_outputs, self.backbone.spec)
+        return recipe.completed(tables.problem_type, tables.num_outputs, self.backbone.spec, tables.train.input_kind)
 
     def _measure(self, task: str) -> str:
         return measure_of(task, self.sets.whole[task].problem_type)

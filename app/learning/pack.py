@@ -43,7 +43,7 @@ from app.learning.study import Fitted, Quiet, Study, Tables, Watcher
 _SHARED_TRIALS, _MIN_SHARED_TRIALS = 3, 6  # for each task, and at least
 _READOUT_STEPS = 900  # over fixed states a step costs next to nothing, and with a third of them emotion lost 8 points
 _LINEAR_RATE = 10.0  # times a readout's: a single layer learns best so
-_NEAR_ATTENTION = 0.03  # a linear head that is no more than this behind is tried wherever an attention readout is
+_NEAR_READOUT = 0.03  # a linear head that is no more than this behind is tried wherever a readout with queries is
 _TRUNK_FITS, _MOST_READOUTS = 4, 2
 _FREE = 1e-3  # passes that a move is taken to cost at least
 _ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for every text
@@ -141,7 +141,7 @@ class Search:
             rate = _LINEAR_RATE * base.learning_rate
             linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
             plain = self._fit_trunk(task, study, study.completed(linear), ", linear")
-            if _dev(plain) >= _dev(best) - _NEAR_ATTENTION:
+            if _dev(plain) >= _dev(best) - _NEAR_READOUT:
                 task.readouts.append(plain.recipe)
 
     def _fit_trunk(self, task: Task, study: Study, recipe: Recipe, told: str) -> Trial:

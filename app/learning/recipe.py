@@ -52,7 +52,7 @@ class Recipe:
         problem_type: ProblemType,
         num_outputs: int,
         spec: BackboneSpec,
-        input_kind: InputKind = InputKind.TEXT,
+        input_kind: InputKind,
     ) -> Recipe:
         """With every choice made. Raises SettingsError where one cannot work."""
         is_token = problem_type is ProblemType.TOKEN
@@ -73,7 +73,7 @@ class Recipe:
             raise SettingsError(f"--measure {recipe.measure} is nothing that this problem has: give one of {known}")
         if kind is ReadoutKind.MATCHING and input_kind is not InputKind.PAIR:
             raise SettingsError(
-                "--readout matching compares the texts of a pair, and these rows have one: leave it out"
+                "--readout matching compares the texts of a pair, and these rows have one text each: leave it out"
             )
         recipe._check(is_token, spec)
         return recipe

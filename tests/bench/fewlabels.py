@@ -82,7 +82,7 @@ def main() -> int:
     backbone = Backbone.load("embedded", "cpu", "auto")
     pool = usable(args.pool, backbone.spec)
     lines = [
-        "| set | rows | bare trunk, linear | bare trunk, attention | compose | seconds | what it read |",
+        "| set | rows | bare trunk, linear | bare trunk, usual readout | compose | seconds | what it read |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in SETS:

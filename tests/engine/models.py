@@ -151,7 +151,7 @@ def make_artifact(
 def random_encoding(length: int, seed: int, pair: bool = False) -> Encoding:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
-    split = length // 2 if pair else length
+    split = int(torch.randint(1, length, (), generator=generator)) if pair else length
     words = (None, *sorted(torch.randint(0, 6, (length - 2,), generator=generator).tolist()), None)
     types = (0,) * split + (1,) * (length - split)
     return Encoding(tuple(ids), types, word_ids=words, pair_start=split if pair else 0)

@@ -127,6 +127,21 @@ def test_the_pooler_readout_is_the_backbones_own_pooler(make_engine: MakeEngine)
         assert_close(output.scores, reference_scores(tiny_network(family), artifact, encoding).tolist())
 
 
+def test_pairs_of_the_same_tokens_are_two_where_they_begin_elsewhere(make_engine: MakeEngine) -> None:
+    """As with RoBERTa's tokens, which have no types, where a text holds separators of its own."""
+    engine = make_engine("roberta")
+    matched, mean = _load(engine, matched=KINDS["matched"], mean={}).values()
+    ids, types = (1, 7, 8, 2, 9, 2, 10, 2), (0,) * 8
+    early, late, single = (Encoding(ids, types, pair_start=start) for start in (4, 6, 0))
+    ((one,), (other,), (_,), (again,)) = run(
+        engine, (early, [matched]), (late, [matched]), (single, [mean]), (early, [matched])
+    )
+    for encoding, output in ((early, one), (late, other), (early, again)):
+        ((alone,),) = run(engine, (encoding, [matched]))
+        assert_close(output.scores, alone.scores)
+    assert one.scores == again.scores != other.scores
+
+
 @pytest.mark.parametrize("tagged_first", [True, False])
 def test_a_tagger_sees_the_words_whoever_asks_for_the_same_text_beside_it(
     tagged_first: bool, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
@@ -158,7 +173,7 @@ def test_a_tagger_sees_the_words_whoever_asks_for_the_same_text_beside_it(
 def test_order_in_the_batch_changes_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine("bert")
     versions = list(_load(engine, **KINDS).values())
-    asked = [(random_encoding(5 + 4 * i, i), versions) for i in range(6)]
+    asked = [(random_encoding(5 + 4 * i, i, pair=i % 2 == 0), versions) for i in range(6)]
     forward, backward = run(engine, *asked), run(engine, *asked[::-1])[::-1]
     for one, other in zip(forward, backward, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -168,7 +183,7 @@ def test_order_in_the_batch_changes_nothing(make_engine: MakeEngine) -> None:
 def test_chunks_of_a_batch_change_nothing(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("bert")
     versions = list(_load(engine, **KINDS).values())
-    asked = [(random_encoding(6 + i, i), versions[i % 3 :]) for i in range(9)]
+    asked = [(random_encoding(6 + i, i, pair=i % 2 == 0), versions[i % 3 :]) for i in range(9)]
     whole = run(engine, *asked)
     for chunk_tokens in (1, 40, 100):
         monkeypatch.setattr(engine, "_chunk_tokens", chunk_tokens)

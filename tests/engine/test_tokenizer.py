@@ -37,9 +37,9 @@ def test_a_pair_has_two_token_types(tokenizer: TextTokenizer) -> None:
 def test_it_says_where_the_second_text_of_a_pair_begins(tokenizer: TextTokenizer) -> None:
     pairs = [TextInput("one", "two three"), TextInput("one two", "word " * 30), TextInput("one", "\u200b")]
     single, short, cut, empty = tokenizer.encode([TextInput("one two"), *pairs], [10] * 4, truncate=True)
-    assert [encoding.pair_start for encoding in (single, short, cut, empty)] == [0, 3, 4, 3]
+    assert [encoding.pair_start for encoding in (single, short, cut, empty)] == [0, 3, 4, 0]
     assert cut.truncated and cut.token_type_ids == (0,) * 4 + (1,) * 6
-    assert len(empty) == 4  # only its last special token is left of the second text
+    assert len(empty) == 4  # there is nothing of the second text
     (fast,) = tokenizer.encode(pairs[:1], [10], truncate=False, has_offsets=False)
     assert fast.pair_start == 3
 

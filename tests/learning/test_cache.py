@@ -110,6 +110,13 @@ def test_a_text_that_stands_there_twice_is_run_once(backbone: Backbone, encoding
     assert equal(cache.subset(torch.arange(40)), once) and torch.equal(cache.lengths[:40], once.lengths)
 
 
+def test_pairs_of_the_same_tokens_begin_where_they_do(backbone: Backbone, encodings: list[Encoding]) -> None:
+    pairs = [replace(encodings[0], pair_start=start) for start in (2, 1, 2)]
+    cache = build_cache(backbone, pairs, PLAN)
+    assert cache.gather(torch.arange(3)).pair_starts.tolist() == [2, 1, 2]
+    assert cache.extents.starts[0] == cache.extents.starts[2] != cache.extents.starts[1]
+
+
 def test_texts_of_words_have_states_of_their_own(backbone: Backbone, encodings: list[Encoding]) -> None:
     """Equal ones may have different tags, token by token."""
     worded = [replace(encoding, word_ids=tuple(range(len(encoding)))) for encoding in (*encodings, *encodings)]

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from app.domain import ProblemType
+from app.domain import InputKind, ProblemType
 from app.engine.backbone import Backbone
 from app.errors import SettingsError
 from app.learning.combine import measure_of
@@ -86,4 +86,4 @@ def test_a_search_goes_by_it(tmp_path: Path, backbone: Backbone) -> None:
 @pytest.mark.parametrize("kind", CHOICES)
 def test_one_of_another_problem_is_refused(kind: ProblemType, backbone: Backbone) -> None:
     with pytest.raises(SettingsError, match="--measure rmse is nothing that this problem has: give one of"):
-        recipe(hidden=None, measure="rmse").completed(kind, 3, backbone.spec)
+        recipe(hidden=None, measure="rmse").completed(kind, 3, backbone.spec, InputKind.TEXT)
