@@ -142,7 +142,8 @@ def page(release: Mapping[str, Any], args: argparse.Namespace, backbone: Backbon
         "## Score against passes",
         "![Average dev score against passes](packing.svg)",
         markdown(curve_rows(release)),
-        "## What prefixes add to attention readouts",
+        "## What prefixes add to readouts with queries",
+        "Attention for texts, matching for pairs.",
         markdown(_gains(release)),
     ]
     return "\n\n".join(parts) + "\n"
