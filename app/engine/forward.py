@@ -122,7 +122,7 @@ class _Inputs:
     masks: dict[tuple[object, ...], Tensor | None]
     contexts: dict[tuple[object, ...], Context]
     places: dict[tuple[object, ...], Tensor | None]
-    sides: Tensor | None = None  # see `sides_of`; None: nobody has asked for them yet
+    both_sides: Tensor | None = None  # of all plans, as `sides_of` has them; None: nobody has asked for them yet
 
     @classmethod
     def of(cls, batch: Batch, backbone: Backbone) -> _Inputs:
@@ -202,13 +202,15 @@ class _Inputs:
         parts = [self.text_mask[p.block.plans] for p in members]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def sides_of(self, block: Block) -> Tensor:
+    def sides(self, block: Block) -> Tensor:
         """bool [rows, 2, tokens]: which tokens are the first text's of a pair, and which the second's."""
-        if self.sides is None:
+        if self.both_sides is None:
             starts = self.backbone.bring(torch.tensor([encoding.pair_start for encoding in self.encodings]))
             mask = self.text_mask
-            self.sides = sides_of(torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask, starts)
-        return self.sides[block.plans]
+            self.both_sides = sides_of(
+                torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask, starts
+            )
+        return self.both_sides[block.plans]
 
     def _mask(self, num_virtual_tokens: int, members: Sequence[Placed], window: int | None) -> Tensor | None:
         layout = (num_virtual_tokens, window, *_layout(members))
@@ -339,7 +341,7 @@ def _pool(
 def _match(read: Read, states: Tensor, layer: int, inputs: _Inputs) -> Iterator[tuple[Readers, list[Tensor]]]:
     """Of each text of a pair what `_pool` finds in the whole, and how the two differ."""
     all_readers = [readers for readers in read.readers if readers.readout.kind is ReadoutKind.MATCHING]
-    found = attend_sides(states, torch.cat(_queries(all_readers, layer)), inputs.sides_of(read.block))
+    found = attend_sides(states, torch.cat(_queries(all_readers, layer)), inputs.sides(read.block))
     mean, attended = found[:, :, :1], found[:, :, 1:]  # [rows, 2, 1, d], [rows, 2, all queries, d]
     start = 0
     for readers in all_readers:

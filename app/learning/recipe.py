@@ -71,11 +71,7 @@ class Recipe:
         if recipe.measure and recipe.measure not in (choices := CHOICES.get(problem_type, ())):
             known = ", ".join(choices)
             raise SettingsError(f"--measure {recipe.measure} is nothing that this problem has: give one of {known}")
-        if kind is ReadoutKind.MATCHING and input_kind is not InputKind.PAIR:
-            raise SettingsError(
-                "--readout matching compares the texts of a pair, and these rows have one text each: leave it out"
-            )
-        recipe._check(is_token, spec)
+        recipe._check(is_token, input_kind, spec)
         return recipe
 
     @property
@@ -102,8 +98,8 @@ class Recipe:
             idle |= {"activation"}
         return {name: value for name, value in self.settings().items() if name not in idle}
 
-    def _check(self, is_token: bool, spec: BackboneSpec) -> None:
-        faults = _faults(self, is_token, spec)
+    def _check(self, is_token: bool, input_kind: InputKind, spec: BackboneSpec) -> None:
+        faults = _faults(self, is_token, input_kind, spec)
         if faults:
             raise SettingsError(faults[0])
 
@@ -130,7 +126,7 @@ def _thirds(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(num_layers * part / 3)) for part in (1, 2, 3)}))
 
 
-def _faults(recipe: Recipe, is_token: bool, spec: BackboneSpec) -> list[str]:
+def _faults(recipe: Recipe, is_token: bool, input_kind: InputKind, spec: BackboneSpec) -> list[str]:
     layers, top = recipe.read_layers, spec.num_layers
     checks = {
         "--task must be a name of a-z, 0-9, _, . and -, 64 characters at most": not NAME.fullmatch(recipe.task),
@@ -138,6 +134,9 @@ def _faults(recipe: Recipe, is_token: bool, spec: BackboneSpec) -> list[str]:
         or not 1 <= layers[0] <= layers[-1] <= top,
         "tags of tokens need --readout tokens, and nothing else reads tokens": is_token
         != (recipe.readout is ReadoutKind.TOKENS),
+        "--readout matching compares the texts of a pair, and these rows have one text each: leave it out": (
+            recipe.readout is ReadoutKind.MATCHING and input_kind is not InputKind.PAIR
+        ),
         "this backbone has no pooler: choose another --readout": recipe.readout is ReadoutKind.POOLER
         and not spec.has_pooler,
         f"a pooler reads layer {top} alone": recipe.readout is ReadoutKind.POOLER and layers != (top,),

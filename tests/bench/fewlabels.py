@@ -43,27 +43,34 @@ class Run:
     seconds: float  # that compose took, the frozen layers' passes included
 
 
-def measure(backbone: Backbone, pool: Sequence[Path], folder: Path, rows: int, seed: int, tolerance: float) -> Run:
+def study_of(
+    backbone: Backbone, folder: Path, rows: int, seed: int, dev_rows: int = DEV_ROWS, test_rows: int = TEST_ROWS
+) -> Study:
+    """Of a part of a set's rows: others for each seed, of test the same."""
     whole = Tables.read(Files(*(folder / f"{name}.tsv" for name in ("train", "dev", "test"))), None)
     assert whole.test is not None
     tables = replace(
         whole,
         train=whole.train if rows == ALL else subsample(whole.train, rows, seed),
-        dev=whole.dev if rows == ALL else subsample(whole.dev, DEV_ROWS, seed),
-        test=subsample(whole.test, TEST_ROWS, 0),
+        dev=whole.dev if rows == ALL else subsample(whole.dev, dev_rows, seed),
+        test=subsample(whole.test, test_rows, 0),
     )
-    study = Study(tables, backbone, TextTokenizer(backbone.path), Quiet())
-    base = with_enough_steps(Recipe("task", seed=seed), len(tables.train.examples))
+    return Study(tables, backbone, TextTokenizer(backbone.path), Quiet())
+
+
+def measure(backbone: Backbone, pool: Sequence[Path], folder: Path, rows: int, seed: int, tolerance: float) -> Run:
+    study = study_of(backbone, folder, rows, seed)
+    base = with_enough_steps(Recipe("task", seed=seed), len(study.tables.train.examples))
     linear = study.completed(replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=5e-3))
     began = time.perf_counter()
     found = compose(study, base, pool, tolerance, lambda *_: None)
     seconds = time.perf_counter() - began
     plain = (study.fit(recipe) for recipe in (linear, study.completed(base)))
-    scores = [_test(study, fitted) for fitted in (*plain, found.fitted)]
+    scores = [on_test(study, fitted) for fitted in (*plain, found.fitted)]
     return Run(scores, found.candidate.name, seconds)
 
 
-def _test(study: Study, fitted: Fitted) -> float:
+def on_test(study: Study, fitted: Fitted) -> float:
     logits, targets = study.logits(fitted, "test")
     return dev_figure(study.tables.problem_type, logits, targets, study.tables.labels, [])
 
@@ -89,7 +96,7 @@ def main() -> int:
         for rows in SIZES:
             tolerance = args.tolerance / 100
             runs = [measure(backbone, pool, args.data / name, rows, seed, tolerance) for seed in range(args.seeds)]
-            scores = " | ".join(map(_spread, zip(*(run.scores for run in runs), strict=True)))
+            scores = " | ".join(map(spread, zip(*(run.scores for run in runs), strict=True)))
             took, read = statistics.mean(run.seconds for run in runs), "; ".join(run.read for run in runs)
             lines.append(f"| {name} | {rows or 'all'} | {scores} | {took:.0f} | {read} |")
             sys.stdout.write(lines[-1] + "\n")
@@ -110,7 +117,7 @@ compose, from texts to the head. The pool is {len(pool)} prefixes{" that ship" i
     return 0
 
 
-def _spread(scores: Sequence[float]) -> str:
+def spread(scores: Sequence[float]) -> str:
     return f"{statistics.mean(scores):.3f} ± {statistics.pstdev(scores):.3f}"
 
 

@@ -8,7 +8,6 @@ Each seed draws other rows. Writes tests/bench/MATCHING.md.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,12 +17,10 @@ from pathlib import Path
 from app.domain import ReadoutKind
 from app.engine.backbone import Backbone, set_threads
 from app.engine.host_memory import keep_freed_memory
-from app.engine.tokenizer import TextTokenizer
 from app.learning.learn import with_enough_steps
-from app.learning.problems import dev_figure
 from app.learning.recipe import Recipe
-from app.learning.splits import subsample
-from app.learning.study import Files, Quiet, Study, Tables
+from app.learning.study import Study
+from tests.bench.fewlabels import on_test, spread, study_of
 from tests.bench.machine import describe
 
 SETS = ("snli_small", "qqp10k", "mrpc", "rte", "stsb")
@@ -51,36 +48,21 @@ def recipes(study: Study, rows: int, seed: int) -> Iterator[tuple[str, Recipe]]:
     yield WAYS[2], matching
     yield WAYS[3], replace(matching, read_layers=tuple(range(1, spec.num_layers + 1)))
     if rows >= PREFIXED:
-        late = {"num_virtual_tokens": 32, "first_layer": 2 * spec.num_layers // 3, "prefix_learning_rate": 0.03}
-        yield WAYS[4], replace(attention, **late)
-        yield WAYS[5], replace(matching, **late)
+        late = replace(base, num_virtual_tokens=32, first_layer=2 * spec.num_layers // 3, prefix_learning_rate=0.03)
+        yield WAYS[4], replace(late, readout=ReadoutKind.ATTENTION)
+        yield WAYS[5], replace(late, readout=ReadoutKind.MATCHING)
 
 
 def measure(backbone: Backbone, folder: Path, rows: int, seed: int) -> dict[str, float]:
     """On test, by way."""
-    whole = Tables.read(Files(*(folder / f"{name}.tsv" for name in ("train", "dev", "test"))), None)
-    assert whole.test is not None
-    tables = replace(
-        whole,
-        train=subsample(whole.train, rows, seed),
-        dev=subsample(whole.dev, DEV_ROWS if rows >= PREFIXED else FEW_DEV_ROWS, seed),
-        test=subsample(whole.test, TEST_ROWS, 0),
-    )
-    study = Study(tables, backbone, TextTokenizer(backbone.path), Quiet())
-    found = {}
-    for way, recipe in recipes(study, rows, seed):
-        logits, targets = study.logits(study.fit(study.completed(recipe), lambda *_: None), "test")
-        found[way] = dev_figure(tables.problem_type, logits, targets, tables.labels, [])
-    return found
+    study = study_of(backbone, folder, rows, seed, DEV_ROWS if rows >= PREFIXED else FEW_DEV_ROWS, TEST_ROWS)
+    fitted = ((way, study.fit(study.completed(recipe), lambda *_: None)) for way, recipe in recipes(study, rows, seed))
+    return {way: on_test(study, one) for way, one in fitted}
 
 
 def row(name: str, rows: int, runs: Sequence[Mapping[str, float]]) -> str:
-    scores = (_spread([run[way] for run in runs]) if way in runs[0] else "–" for way in WAYS)
+    scores = (spread([run[way] for run in runs]) if way in runs[0] else "–" for way in WAYS)
     return f"| {name} | {rows} | {' | '.join(scores)} |"
-
-
-def _spread(scores: Sequence[float]) -> str:
-    return f"{statistics.mean(scores):.3f} ± {statistics.pstdev(scores):.3f}"
 
 
 def main() -> int:
