@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
 
 from starlette.types import Scope
 
 from app.api.routes import route_of
 from app.domain import Arm
 from app.service.inference import Prediction
-from app.service.usage import Timings, Usage
+from app.service.usage import Timings, Usage, to_ms
 from app.telemetry.logs import ACCESS, Line, log_made
 
 logger = logging.getLogger(ACCESS)
@@ -32,32 +34,43 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
 
     What waits for the log's thread holds none of its texts or scores.
     """
-    state, method, at_s = scope["state"], scope["method"], time.time()
-    path = scope["path"][:200].replace(" ", "%20")  # so that it looks like no pair behind the message
+    state = scope["state"]
     said, principal = state.get("said"), state.get("principal")
-    route, request_id, ids = route_of(scope), state["request_id"], state["trace"].ids
-    actor = None if principal is None else principal.name
-    cost = None if said is None else (said.generation, said.usage, said.timings)
     answered = _answered(said) if isinstance(said, Prediction) else None
+    cost = None if said is None else (said.generation, said.usage, said.timings)
+    asked = _Asked(scope["method"], scope["path"], route_of(scope), state["request_id"], state["trace"].ids)
+    actor = None if principal is None else principal.name
+    log_made(logger, partial(_line, time.time(), asked, actor, status, duration_s, cost, answered))
 
-    def make() -> Line:
-        duration_ms = 1000 * duration_s
-        fields: dict[str, object] = {
-            "method": method,
-            "route": route,
-            "status": status,
-            "duration_ms": round(duration_ms, 3),
-        }
-        if actor is not None:
-            fields["actor"] = actor
-        if cost is not None:
-            fields |= _cost(*cost)
-        if answered is not None:
-            fields["versions"] = _named(answered)
-        message = f"{method} {path} {status} in {duration_ms:.1f} ms"
-        return Line(ACCESS, at_s, message, {"request_id": request_id, **ids}, fields, _TOLD)
 
-    log_made(logger, make)
+class _Asked(NamedTuple):
+    method: str
+    path: str
+    route: str
+    request_id: str
+    trace: Mapping[str, str]  # its ids
+
+
+def _line(
+    at_s: float,
+    asked: _Asked,
+    actor: str | None,
+    status: int,
+    duration_s: float,
+    cost: tuple[int, Usage, Timings] | None,
+    answered: Mapping[str, tuple[int, Arm]] | None,
+) -> Line:
+    method, path, route, request_id, trace = asked
+    fields = {"method": method, "route": route, "status": status, "duration_ms": to_ms(duration_s)}
+    if actor is not None:
+        fields["actor"] = actor
+    if cost is not None:
+        fields |= _cost(*cost)
+    if answered is not None:
+        fields["versions"] = _named(answered)
+    shown = path[:200].replace(" ", "%20")  # so that it looks like no pair behind the message
+    message = f"{method} {shown} {status} in {1000 * duration_s:.1f} ms"
+    return Line(ACCESS, at_s, message, {"request_id": request_id, **trace}, fields, _TOLD)
 
 
 def _cost(generation: int, usage: Usage, timings: Timings) -> dict[str, object]:
@@ -67,9 +80,9 @@ def _cost(generation: int, usage: Usage, timings: Timings) -> dict[str, object]:
         "rows": usage.rows,
         "passes": usage.passes,
         "cached": usage.cached,
-        "tokenization_ms": round(1000 * timings.tokenization_s, 3),
-        "queue_ms": round(1000 * timings.queue_s, 3),
-        "inference_ms": round(1000 * timings.inference_s, 3),
+        "tokenization_ms": to_ms(timings.tokenization_s),
+        "queue_ms": to_ms(timings.queue_s),
+        "inference_ms": to_ms(timings.inference_s),
     }
 
 

@@ -20,7 +20,7 @@ ACCESS = "manifold.access"  # the logger with a line a request
 _OF_REQUEST = ("request_id", "trace_id", "span_id")
 _IN_TEXT = ("request_id", "trace_id")
 _MOST_LINES = 10_000  # that wait to be written
-_GATHER_S = 0.1
+_GATHER_S = 0.25
 _LINES_TOGETHER = 100
 _MOST_WAIT_S = 2.0  # for a slow reader at the end
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -64,12 +64,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def _head(at_s: float, level: str, logger: str, message: str) -> dict[str, object]:
-    time_told = f"{_second(int(at_s))}.{int(1000 * (at_s % 1)):03d}Z"
+    time_told = f"{utc_second(int(at_s))}.{int(1000 * (at_s % 1)):03d}Z"
     return {"time": time_told, "level": level, "logger": logger, "message": message}
 
 
 @lru_cache(maxsize=4)
-def _second(unix_s: int) -> str:
+def utc_second(unix_s: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(unix_s))
 
 
@@ -158,7 +158,7 @@ class _Stream:
 class _Aside(logging.Handler):
     """Writes on a thread of its own, so that a slow reader of the log holds nobody up: no answer, no swap, no end.
 
-    The thread takes what has gathered within a tenth of a second: to wake it for each line would take more time than
+    The thread takes what has gathered within a quarter of a second: to wake it for each line would take more time than
     the line. Lines that it cannot keep up with are dropped, and the next one that finds room says how many.
     """
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -26,8 +26,7 @@ _KNOWS_IF_REMOTE, _IS_REMOTE = 0x100, 0x200  # whether the parent is in another 
 _SCOPE = "manifold"
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """What names a span."""
 
     trace_id: bytes  # 16
@@ -57,7 +56,7 @@ def _valid(state: str) -> str:
 
 def _new_id(size: int) -> bytes:
     """Not all zeros, which would be none."""
-    return random.randrange(1, 1 << 8 * size).to_bytes(size, "big")
+    return (random.getrandbits(8 * size) or 1).to_bytes(size, "big")
 
 
 @dataclass(slots=True, eq=False)

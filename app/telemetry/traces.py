@@ -29,6 +29,7 @@ class _Place:
 
 
 _place: ContextVar[_Place | None] = ContextVar("manifold_place", default=None)
+_UNRECORDED = _Place(None)
 
 
 class Traces(Tracing):
@@ -111,9 +112,9 @@ class Traces(Tracing):
 class _Unrecorded(Trace):
     """A request that nothing is recorded of, nor of what it makes the server do at once."""
 
-    def __init__(self, ids: Mapping[str, str], context: Context | None = None) -> None:
+    def __init__(self, ids: Mapping[str, str], place: _Place = _UNRECORDED) -> None:
         super().__init__(ids)
-        self._before = _place.set(_Place(context))
+        self._before = _place.set(place)
 
     def end(self, describe: Callable[[], Description]) -> None:  # noqa: ARG002  # nobody wants to know
         _place.reset(self._before)
@@ -124,7 +125,7 @@ class _Recorded(_Unrecorded):
 
     def __init__(self, traces: Traces, context: Context, parent: Context | None) -> None:
         ids = {"trace_id": context.trace_id.hex(), "span_id": context.span_id.hex()}
-        super().__init__(ids, context)
+        super().__init__(ids, _Place(context))
         self._traces = traces
         self._span = Span("", context, parent, is_request=True)
         self._stages: list[tuple[str, float, float]] = []
