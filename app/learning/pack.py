@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from app.learning.learn import with_enough_steps
 from app.learning.notes import Notes, Trial, key_of
 from app.learning.pack_tasks import (
     NEAR,
+    SHORT_TRUNK,
     TRUNK,
     Limits,
     Live,
@@ -44,7 +45,9 @@ _SHARED_TRIALS, _MIN_SHARED_TRIALS = 3, 6  # for each task, and at least
 _READOUT_STEPS = 900  # over fixed states a step costs next to nothing, and with a third of them emotion lost 8 points
 _LINEAR_RATE = 10.0  # times a readout's: a single layer learns best so
 _NEAR_READOUT = 0.03  # a linear head that is no more than this behind is tried wherever a readout with queries is
-_TRUNK_FITS, _MOST_READOUTS = 4, 2
+_TRUNK_FITS, _MOST_READOUTS = 5, 2
+_OTHER_RATES = (3.0, 1 / 3)  # times a readout's own, for a task that lacks where it has come to stand
+_REFINED_PLACES = 2  # of a task, on average
 _FREE = 1e-3  # passes that a move is taken to cost at least
 _ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for every text
 
@@ -53,9 +56,11 @@ _ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for 
 class Search:
     """Measures arrangements, and moves tasks until none lacks anything or nothing more can be afforded.
 
-    A move puts tasks that lack onto one tuple. Of all moves that `max_passes` allows, the one that removes most of
-    what is lacking for each extra pass is taken, again and again. A text and a pair never stand in one request, so
-    each kind of input has its own plan, and the limit holds for each.
+    A move puts tasks that lack onto one tuple, or back onto the trunk. Of all moves that `max_passes` allows, the one
+    that removes most of what is lacking for each extra pass is taken, again and again. Where a tuple is affordable
+    only if nobody reads the trunk's last layer, its readers stop below. Where no move is left, what lacks still is
+    learned at other rates. A text and a pair never stand in one request, so each kind of input has its own plan, and
+    the limit holds for each.
     """
 
     tasks: dict[str, Task]
@@ -65,6 +70,7 @@ class Search:
     notes: Notes
     fits: int = 0
     trials_left: int = 0  # of tasks on tuples of others' prefixes
+    refined: set[tuple[str, PrefixTuple]] = field(default_factory=set)  # tasks, learned there at other rates too
 
     def run(self) -> list[tuple[str, State]]:
         """Every state that the search went through, with what led to it."""
@@ -72,12 +78,14 @@ class Search:
         self.trials_left = max(_SHARED_TRIALS * len(self.tasks), _MIN_SHARED_TRIALS)
         trials = self.trials_left + sum(len(first_layers) + task.live_is_ahead for task in self.tasks.values())
         alone = (_TRUNK_FITS + len(first_layers)) * len(self.tasks)
-        self.watcher.stage("fits at most", alone + _MOST_READOUTS * trials)
+        refinements = _REFINED_PLACES * len(_OTHER_RATES) * len(self.tasks)
+        self.watcher.stage("fits at most", alone + _MOST_READOUTS * trials + refinements)
         for task in self.tasks.values():
             self._measure_alone(task, first_layers)
         states = [("all on the bare trunk", dict.fromkeys(self.tasks, TRUNK))]
-        while (move := self._next_move(states[-1][1])) is not None:
-            states.append(move)
+        while (move := self._next_move(states[-1][1])) is not None or self._refine(states[-1][1]):
+            if move is not None:
+                states.append(move)
         return states
 
     def passes(self, state: Mapping[str, PrefixTuple]) -> dict[InputKind, float]:
@@ -123,8 +131,8 @@ class Search:
             self._compare_live(task, task.live, study)
 
     def _measure_trunk(self, task: Task, study: Study) -> None:
-        """Readouts at two pairs of rates, then of all layers; and a linear head, which can be best where rows are few
-        for each label."""
+        """Readouts at two pairs of rates, then of all layers and of all but the last; and a linear head, which can be
+        best where rows are few for each label."""
         base = with_enough_steps(task.bare, len(task.part.train.examples), _READOUT_STEPS)
         slow = study.completed(base)
         fast = replace(slow, learning_rate=3 * slow.learning_rate, query_learning_rate=slow.query_learning_rate / 3)
@@ -137,6 +145,10 @@ class Search:
             fits.append(self._fit_trunk(task, study, wide, " of all layers"))
         best = max(fits, key=_dev)
         task.readouts = [best.recipe]
+        if len(layers) > 1:
+            short = replace(better, read_layers=layers[:-1])
+            trial = self._fit(task, study, short, f"{named(SHORT_TRUNK)}, {short.readout}")
+            task.note(SHORT_TRUNK, trial.dev, short)
         if slow.reads.kind.has_queries:
             rate = _LINEAR_RATE * base.learning_rate
             linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
@@ -192,9 +204,9 @@ class Search:
         moves = list(possible)  # measured by now, which may have found a better best
         before, passes = self._total_shortfall(state), sum(self.passes(state).values())
 
-        def worth(move: tuple[str, State]) -> tuple[float, float]:
-            gain = before - self._total_shortfall(move[1])
-            return gain / max(sum(self.passes(move[1]).values()) - passes, _FREE), self.average(move[1])
+        def worth(move: tuple[str, State]) -> tuple[float, float, float]:
+            gain, extra = before - self._total_shortfall(move[1]), sum(self.passes(move[1]).values()) - passes
+            return gain / max(extra, _FREE), -extra, self.average(move[1])
 
         useful = [m for m in moves if self._is_affordable(m[1]) and before - self._total_shortfall(m[1]) > NEAR]
         return max(useful, key=worth, default=None)
@@ -203,8 +215,16 @@ class Search:
         return max(self.passes(state).values()) <= self.limits.max_passes + NEAR
 
     def _moves(self, state: State, lacking: Sequence[Task]) -> Iterator[tuple[str, State]]:
+        """Of one kind of input after the other, since they share no pass; that of the task that lacks most first."""
+        for kind in dict.fromkeys(task.input_kind for task in lacking):
+            yield from self._moves_of(kind, state, [task for task in lacking if task.input_kind is kind])
+
+    def _moves_of(self, kind: InputKind, state: State, lacking: Sequence[Task]) -> Iterator[tuple[str, State]]:
         """What is likeliest to help comes first: the number of fits is bounded."""
-        in_use = list(dict.fromkeys(read for read in state.values() if read))
+        for read in (TRUNK, SHORT_TRUNK):
+            yield from self._move(state, read, (), [task for task in lacking if read in task.scores])
+        alike = (read for name, read in state.items() if self.tasks[name].input_kind is kind)
+        in_use = [read for read in dict.fromkeys(alike) if prefixes_of(read)]
         for read in in_use:
             yield from self._move(state, read, (), lacking)
         for read in _new_tuples(lacking, self._first_layers()):
@@ -235,21 +255,52 @@ class Search:
     ) -> Iterator[tuple[str, State]]:
         """Onto `read`: all `members`, and of those that lack whom it helps."""
         carried = {task.name: read for task in members}
-        if not self._is_affordable(state | carried):
+        if self._afforded(state | carried) is None:
             return
-        others: list[Task] = []
-        for kind in InputKind:
-            joining = [task for task in lacking if task.name not in carried and task.input_kind is kind]
-            if self._is_affordable(state | carried | {task.name: read for task in joining}):
-                others += joining
+        others = [task for task in lacking if task.name not in carried]
+        if self._afforded(state | carried | {task.name: read for task in others}) is None:
+            others = []
         if not all(self._measure(task, read) for task in members):
             return
         helped = [t for t in others if self._measure(t, read) and t.scores[read] > t.scores[state[t.name]]]
         names = [task.name for task in (*members, *helped)]
-        if names:
-            yield f"{', '.join(names)} on {named(read)}", state | dict.fromkeys(names, read)
+        moved = self._afforded(state | dict.fromkeys(names, read)) if names else None
+        if moved is not None:
+            shortened = [name for name in moved if moved[name] == SHORT_TRUNK != state[name] and name not in names]
+            told = f"; {', '.join(shortened)} on {named(SHORT_TRUNK)}" if shortened else ""
+            yield f"{', '.join(names)} on {named(read)}{told}", moved
+
+    def _afforded(self, state: State) -> State | None:
+        """The state, or where it costs too much that in which readers of the trunk stop below the last layer."""
+        over = {kind for kind, passes in self.passes(state).items() if passes > self.limits.max_passes + NEAR}
+        if not over:
+            return state
+        shortened = dict(state)
+        for task in self.tasks.values():
+            if task.input_kind in over and state[task.name] == TRUNK and SHORT_TRUNK in task.scores:
+                shortened[task.name] = SHORT_TRUNK
+        return shortened if self._is_affordable(shortened) else None
 
     # -- fits
+
+    def _refine(self, state: State) -> bool:
+        """Whether one of those that lack is better now where it stands, at other rates than those of the trunk."""
+        room = _REFINED_PLACES * len(self.tasks)
+        for task in self.lacking(state):
+            read = state[task.name]
+            recipe = task.recipe_for(read)
+            if (task.name, read) in self.refined or recipe.num_virtual_tokens or len(self.refined) >= room:
+                continue
+            self.refined.add((task.name, read))
+            before, study = task.scores[read], self._study(task)
+            others = [replace(recipe, learning_rate=factor * recipe.learning_rate) for factor in _OTHER_RATES]
+            self._prepare(study, others)
+            for other in others:
+                name = f"{named(read)}, rate {other.learning_rate:.2g}"
+                task.note(read, self._fit(task, study, other, name).dev, other)
+            if task.scores[read] > before + NEAR:
+                return True
+        return False
 
     def _measure(self, task: Task, read: PrefixTuple) -> bool:
         """Whether the task's score on this tuple is known, now if not before."""

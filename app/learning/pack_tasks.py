@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a tuple is made of: a prefix of a task's own, or all those of its live version."""
+    """What a tuple is made of: a prefix of a task's own, or all those of its live version. None in `SHORT_TRUNK`."""
 
     owner: str
     path: Path
@@ -60,6 +60,8 @@ class Source:
         return min(prefix.first_layer for prefix in self.prefixes)
 
     def __str__(self) -> str:
+        if not self.prefixes:
+            return "the bare trunk without its last layer"
         whose = f"{self.owner}'s live" if self.is_live else f"{self.owner}'s"
         return f"{whose} from layer {self.first_layer}"
 
@@ -67,6 +69,7 @@ class Source:
 PrefixTuple = tuple[Source, ...]
 State = dict[str, PrefixTuple]  # task → what it reads
 TRUNK: PrefixTuple = ()
+SHORT_TRUNK: PrefixTuple = (Source("", Path(), (), is_live=False),)  # no reader of it needs the last layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)

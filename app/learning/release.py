@@ -98,7 +98,7 @@ class _Release:
     backbones: tuple[Backbone, Backbone]
 
     def write(self, state: State) -> dict[str, Outcome]:
-        sources = dict.fromkeys(s for read in state.values() for s in read if not s.is_live)
+        sources = dict.fromkeys(s for read in state.values() for s in read if s.prefixes and not s.is_live)
         moving = [name for name, read in state.items() if not self._stays(name, read)]
         self.search.watcher.stage("new versions", len(sources) + len(moving))
         learned = {source: self._learn_own(source) for source in sources}
@@ -108,6 +108,8 @@ class _Release:
         """Whether the live version reads just this, and well enough."""
         task = self.search.tasks[name]
         if task.live is None or task.live.version.prefixes != prefixes_of(read):
+            return False
+        if task.live.version.readout.layers[-1] > task.version(read).readout.layers[-1]:
             return False
         needed = min(task.scores[read], task.scores[task.best] - self.search.limits.tolerance)
         return task.live.dev >= needed - NEAR
@@ -122,7 +124,8 @@ class _Release:
             made = learned[read[0]]
             self.search.watcher.advance(1)
         else:
-            made = self._learned(task, replace(recipe, prefixes=tuple(learned.get(s, s.path) for s in read)))
+            paths = tuple(learned.get(source, source.path) for source in read if source.prefixes)
+            made = self._learned(task, replace(recipe, prefixes=paths))
         shutil.copytree(made, target)
         artifact = read_artifact(target, self.search.backbone.spec)
         measured = artifact.manifest["evaluation"]
