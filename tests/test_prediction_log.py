@@ -18,6 +18,7 @@ import pytest
 
 from app.domain import BackboneSpec, ProblemType
 from app.engine.backbone import Backbone
+from app.registry.prediction_lines import rows_of
 from app.rollout import Role
 from tests.artifacts import write_artifact
 from tests.commands import CommandLine
@@ -159,7 +160,8 @@ def test_every_whole_row_survives_a_kill_in_the_middle(serve: Serve, tmp_path: P
         server.wait()
     (path,) = (tmp_path / "log").iterdir()
     assert "_open_" in path.name
-    rows = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    rows = [row for line in whole for row in rows_of(line)]
     assert len(rows) >= 400
     assert [(row["request_id"], row["input"]) for row in rows] == [(f"r-{n // 2}", n % 2) for n in range(len(rows))]
     with serve() as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import orjson
 from fastapi import APIRouter, Request, Response
 
 from app.api.dependencies import keyed, requires
@@ -41,7 +42,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
         "request_id": request_id,
         "model": runtime.engine.spec.name,
         "generation": prediction.generation,
-        "results": prediction.results,
+        "results": orjson.Fragment(prediction.content),
         "usage": prediction.usage,
     }
     return json_response(answer, prediction.timings)

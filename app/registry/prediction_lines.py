@@ -1,12 +1,15 @@
-"""A row of the prediction log as a JSON line, and how those of one request are found.
+"""The prediction log as JSON lines, and how the rows of one request are found.
 
-Knows nothing of where files lie or of how rows come about.
+A line of the part that is written is a request: its results as they were answered, which costs those who answer least.
+A line of a finished one is a row, for one version's answer to one input. Knows nothing of where files lie or of how
+answers come about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
@@ -14,16 +17,23 @@ import orjson
 Row = dict[str, Any]  # what does not apply is not in it
 
 _BLOCK_BYTES = 1 << 20  # a search in one holds the interpreter, for less than a millisecond
+_SAID = ("label", "labels", "value", "spans", "scores", "error")  # of an answer
 
 
 def to_line(row: Row) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
+def to_json_lines(lines: Iterable[bytes], target: Path) -> None:
+    """A line a row. Raises OSError."""
+    with target.open("wb") as file:
+        file.writelines(to_line(row) for line in lines for row in rows_of(line))
+
+
 def find_lines(file: BinaryIO, request_id: str) -> list[Row]:
     """A last line that is not whole is passed over, and so is what is no row."""
     wanted = orjson.dumps({"request_id": request_id})[1:-1]
-    return [row for line in _lines_with(file, wanted) for row in parsed(line) if row.get("request_id") == request_id]
+    return [row for line in _lines_with(file, wanted) for row in rows_of(line) if row.get("request_id") == request_id]
 
 
 def _lines_with(file: BinaryIO, wanted: bytes) -> Iterator[bytes]:
@@ -38,13 +48,25 @@ def _lines_with(file: BinaryIO, wanted: bytes) -> Iterator[bytes]:
             start = end
 
 
-def parsed(line: bytes) -> Iterator[Row]:
+def rows_of(line: bytes) -> list[Row]:
+    """Of a request, in the order of its inputs and of what was asked for; or the row that the line is.
+
+    None of what is damaged.
+    """
     try:
-        row = orjson.loads(line)
-    except ValueError:
-        return
-    if isinstance(row, dict):
-        yield row
+        said = orjson.loads(line)
+        return list(_of_request(said)) if "inputs" in said else [dict(said.items())]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
+
+
+def _of_request(said: Row) -> Iterator[Row]:
+    inputs, results = said.pop("inputs"), said.pop("results")
+    for index, (of_input, answers) in enumerate(zip(inputs, results, strict=True)):
+        for target in of_input.pop("targets"):
+            answer = answers[target["reference"]]
+            told = {name: answer[name] for name in _SAID if name in answer}
+            yield said | {"input": index} | of_input | target | told
 
 
 def time_of(row: Row) -> float | None:

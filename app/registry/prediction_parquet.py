@@ -5,8 +5,7 @@ Knows nothing of where files lie or of how rows come about.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from app.registry.prediction_lines import Row, parsed, to_time
+from app.registry.prediction_lines import Row, rows_of, to_time
 
 _SPAN = pa.struct(
     [
@@ -55,25 +54,21 @@ SCHEMA = pa.schema(
         ("inference_ms", pa.float64()),
     ]
 )
-_BATCH_ROWS = 200  # converted in one go, which holds the interpreter: about 3 ms with fifty scores each
+_BATCH_ROWS = 200  # converted in one go
 _GROUP_ROWS = 10_000
 _DAMAGED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # Arrow's own are some of these
 
 
-def to_parquet(lines: Iterable[bytes], target: Path, is_hurried: Callable[[], bool]) -> None:
-    """Rests twice as long as it works unless it `is_hurried`. Raises OSError."""
-    rows = (row for line in lines for row in parsed(line))
+def to_parquet(lines: Iterable[bytes], target: Path) -> None:
+    """Raises OSError."""
+    rows = (row for line in lines for row in rows_of(line))
     with pq.ParquetWriter(target, SCHEMA, compression="zstd") as writer:
         group: list[pa.RecordBatch] = []
-        began_s = time.monotonic()
         while batch := _batch(rows):
             group.append(batch)
             if len(group) * _BATCH_ROWS >= _GROUP_ROWS:
                 writer.write_table(pa.Table.from_batches(group))
                 group = []
-            if not is_hurried():
-                time.sleep(2 * (time.monotonic() - began_s))
-            began_s = time.monotonic()
         if group:
             writer.write_table(pa.Table.from_batches(group))
 

@@ -148,18 +148,19 @@ class PartWriter:
 
 
 @contextlib.contextmanager
-def left_alone(path: Path) -> Iterator[bool]:
-    """Whether nobody writes this part any more, nor finishes it; nobody else does then until the end of this block.
+def left_alone(path: Path) -> Iterator[int | None]:
+    """The descriptor of a part that nobody writes any more, nor finishes; nobody else does then until it is closed.
 
-    What a process left when it was killed ends with its last whole line from here on.
+    That is at the end of this block, but for who inherits it. None where somebody does. What a process left when it
+    was killed ends with its last whole line from here on.
     """
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
-        yield False
+        yield None
         return
     try:
-        yield _is_ours(path, descriptor)
+        yield descriptor if _is_ours(path, descriptor) else None
     finally:
         os.close(descriptor)
 

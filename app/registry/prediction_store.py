@@ -1,8 +1,8 @@
 """Where the prediction log lies: parts are finished, the oldest go, and the rows of one request are found again.
 
 Parts are written as JSON lines on local disk: in the log's own folder, or in the home folder where the log lies behind
-a URL. An object store cannot be appended to and a Parquet file is read only once it is closed, so a part is uploaded
-or converted when it is finished, under its last name, in one step. Knows nothing of what rows say.
+a URL. An object store cannot be appended to and a Parquet file is read only once it is closed, so a part gets its last
+form, and is uploaded, when it is finished: under its last name, in one step. Knows nothing of what rows say.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from fsspec.implementations.local import LocalFileSystem
 from app.errors import SettingsError, UnavailableError
 from app.registry.durable import write_durably
 from app.registry.places import open_place, reaching, without_user
-from app.registry.prediction_lines import Row, find_lines, time_of
+from app.registry.prediction_conversion import convert
+from app.registry.prediction_lines import Row, find_lines, rows_of, time_of
 from app.registry.prediction_parts import PartName, create_locked, left_alone
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ _SEARCH_S = 20.0  # no file is begun after it
 _SLACK_S = 120.0  # rows wait before they are written, and clocks differ
 _FAILURES = 3  # in one go: then it is the store
 _STUCK_S = 300.0
+_MOST_BEHIND = 4  # parts that wait while one gets its last form aside; then it takes time from those who answer
 # Arrow's own are some of these.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
 _TRIM_EVERY_S = 600.0  # files grow old though nothing is written
@@ -99,16 +101,18 @@ class PredictionStore:
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 
-    def tidy(self, is_hurried: Callable[[], bool] = lambda: False) -> None:
+    def tidy(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
         """Finishes parts that nobody writes any more, also those of a process that was killed; the oldest go.
 
         One part that cannot be finished holds up no other, and is told of once. Raises UnavailableError where none can.
         """
         num_finished, failed = 0, list[tuple[_File, UnavailableError]]()
-        for file in self._due():
+        due = self._due()
+        for place, file in enumerate(due):
+            is_pressing = is_stopping() or len(due) - place > _MOST_BEHIND
             try:
                 with self._reaching("written"):
-                    num_finished += self._finish(file, is_hurried)
+                    num_finished += self._finish(file, is_pressing, is_stopping)
             except UnavailableError as error:
                 self._failed_s[file.name.key] = time.monotonic()
                 failed.append((file, error))
@@ -141,19 +145,15 @@ class PredictionStore:
         files = [file for file in self._here() if file.name.ended_s is None and file.name.server == self.server]
         return sorted(files, key=lambda file: file.name.began_s)
 
-    def _finish(self, file: _File, is_hurried: Callable[[], bool]) -> bool:
+    def _finish(self, file: _File, is_pressing: bool, is_stopping: Callable[[], bool]) -> bool:
         path = Path(file.path)
-        with left_alone(path) as is_ours:
-            if not is_ours:
+        with left_alone(path) as part:
+            if part is None:
                 return False
             name = str(replace(file.name, ended_s=path.stat().st_mtime, kind=self._kind))
-            if self._kind == "jsonl":
-                self._put(path, name)
-                return True
             converted = path.with_name(f".{name}.partial")
             try:
-                with path.open("rb") as lines:
-                    _parquet().to_parquet(lines, converted, is_hurried)
+                convert(part, converted, self._kind, is_pressing=is_pressing, is_stopping=is_stopping)
                 converted.chmod(path.stat().st_mode & 0o777)
                 self._put(converted, name)
             finally:
@@ -193,9 +193,9 @@ class PredictionStore:
         for file in waiting:
             if excess_bytes <= 0 and not self._is_old(Path(file.path).stat().st_mtime):
                 continue
-            with left_alone(Path(file.path)) as is_ours:
-                if is_ours:
-                    lost += _count_lines(Path(file.path))
+            with left_alone(Path(file.path)) as part:
+                if part is not None:
+                    lost += _count_rows(Path(file.path))
                     Path(file.path).unlink()
             excess_bytes -= file.size_bytes
         return lost
@@ -363,6 +363,6 @@ def _is_within(row: Row, since_s: float, until_s: float) -> bool:
     return at_s is None or since_s <= at_s <= until_s
 
 
-def _count_lines(path: Path) -> int:
+def _count_rows(path: Path) -> int:
     with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return sum(len(rows_of(line)) for line in file)

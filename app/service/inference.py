@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+import orjson
+
 from app.domain import Arm, EngineResult, Snapshot, Task, TaskOutput, TaskVersion, TextInput
 from app.engine.plan import token_limit
 from app.errors import DeadlineError, EngineError, MalformedError, TooLargeError, UnservableError
@@ -43,6 +45,7 @@ class Limits:
 class Prediction:
     generation: int
     results: list[dict[str, Answer]]  # an input each, by the reference that the caller wrote
+    content: bytes  # the results as JSON
     usage: Usage
     timings: Timings
 
@@ -128,10 +131,13 @@ class InferenceService:
             results = [_answers(chosen, reading) for chosen, reading in zip(targets, run.readings, strict=True)]
             self._count(targets, results)
             self._observe(snapshot, request_id, targets, run, trace)
+            content = orjson.dumps(results)
             usage, timings = run.usage, run.timings
-            generation, actor = snapshot.generation, principal.name
-            self._watch.served(Served(request_id, actor, generation, targets, results, run.readings, usage, timings))
-            return Prediction(generation, results, usage, timings)
+            generation, actor, readings = snapshot.generation, principal.name, run.readings
+            self._watch.served(
+                Served(request_id, actor, generation, targets, results, content, readings, usage, timings)
+            )
+            return Prediction(generation, results, content, usage, timings)
 
     async def embed(
         self,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from app.errors import UnavailableError
 from app.registry.prediction_parts import PartWriter
 from app.registry.prediction_store import PredictionStore
-from app.service.prediction_rows import count_rows, is_sampled, to_lines
+from app.service.prediction_rows import count_rows, is_sampled, to_line
 from app.service.watching import Served
 from app.telemetry.metrics import Metrics
 
@@ -31,13 +31,15 @@ _CLOSE_S = 5.0  # for what is left at the end; what is not finished then is fini
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class _Lines(NamedTuple):
+class _Line(NamedTuple):
+    """A request."""
+
     content: bytes
     rows: int
 
 
 class PredictionLog:
-    """A watcher. Rows of one request stay together."""
+    """A watcher."""
 
     def __init__(
         self,
@@ -51,7 +53,7 @@ class PredictionLog:
     ) -> None:
         self._writer, self._store, self._metrics = writer, store, metrics
         self._sample, self._has_texts = sample, has_texts
-        self._waiting: deque[_Lines] = deque()
+        self._waiting: deque[_Line] = deque()
         self._waiting_bytes, self._most_waiting_bytes = 0, most_waiting_bytes
         self._changed = threading.Condition()
         self._is_closing, self._closing = False, threading.Event()
@@ -69,7 +71,7 @@ class PredictionLog:
 
     def take_in(self, served: Sequence[Served]) -> None:
         sampled = (request for request in served if is_sampled(request.request_id, self._sample))
-        lines = [made for made in map(self._lines, sampled) if made is not None]
+        lines = [made for made in map(self._line, sampled) if made is not None]
         if not lines:
             return
         dropped = 0
@@ -84,10 +86,10 @@ class PredictionLog:
         if dropped:
             self._metrics.log_dropped("slow", dropped)
 
-    def _lines(self, request: Served) -> _Lines | None:
+    def _line(self, request: Served) -> _Line | None:
         rows = count_rows(request)
         try:
-            return _Lines(to_lines(request, self._has_texts), rows)
+            return _Line(to_line(request, self._has_texts), rows)
         except Exception:
             logger.exception("a request is not in the prediction log", extra={"request_id": request.request_id})
             self._metrics.log_dropped("error", rows)
@@ -118,12 +120,12 @@ class PredictionLog:
             else:
                 self._writer.end_if_due()
 
-    def _next(self) -> list[_Lines]:
+    def _next(self) -> list[_Line]:
         """Empty where nothing came for a while."""
         with self._changed:
             if not self._waiting and not self._is_closing:
                 self._changed.wait(_EVERY_S)
-            taken: list[_Lines] = []
+            taken: list[_Line] = []
             size_bytes = 0
             while self._waiting and (not taken or size_bytes + len(self._waiting[0].content) <= _AT_ONCE_BYTES):
                 taken.append(self._waiting.popleft())
@@ -131,7 +133,7 @@ class PredictionLog:
             self._waiting_bytes -= size_bytes
             return taken
 
-    def _append(self, lines: Sequence[_Lines]) -> None:
+    def _append(self, lines: Sequence[_Line]) -> None:
         rows = sum(part.rows for part in lines)
         try:
             self._writer.append(b"".join(part.content for part in lines))

@@ -1,17 +1,21 @@
-"""What the prediction log keeps of an answered request: a row for each answer. Knows no files."""
+"""What the prediction log keeps of an answered request. Knows no files."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
-from app.engine.spans import Span
-from app.registry.prediction_lines import Row, to_line, to_time
-from app.service.answers import Answer, FailedAnswer, LabelAnswer, LabelsAnswer, SpansAnswer, ValueAnswer
+import orjson
+
+from app.domain import Arm
+from app.registry.prediction_lines import Row
+from app.service.answers import Answer, SpansAnswer
 from app.service.dispatch import Reading
 from app.service.resolve import Target
+from app.service.usage import to_ms
 from app.service.watching import Served
+from app.telemetry.logs import utc_second
 
 _SALT = "prediction log\n"  # what else is drawn from request ids must not go along with this
 
@@ -28,25 +32,28 @@ def count_rows(served: Served) -> int:
     return sum(map(len, served.targets))
 
 
-def to_lines(served: Served, has_texts: bool) -> bytes:
-    """JSON lines, in the order of the inputs and of the tasks that were asked for."""
-    return b"".join(map(to_line, _rows(served, has_texts)))
+def to_line(served: Served, has_texts: bool) -> bytes:
+    """A JSON line: of each input what it was and who was asked for it, and the results as the caller has them.
+
+    Rows are made of it later, in another process: here each takes processor time from those who answer.
+    """
+    request = _pairs(
+        {
+            "time": _time(served.at_s),
+            "request_id": served.request_id,
+            "actor": served.actor,
+            "generation": served.generation,
+            "request_passes": served.usage.passes,
+            "inference_ms": to_ms(served.timings.inference_s),
+        }
+    )
+    inputs = b",".join(map(partial(_input, has_texts), served.targets, served.readings))
+    return b'{%b,"inputs":[%b],"results":%b}\n' % (request, inputs, _results(served, has_texts))
 
 
-def _rows(served: Served, has_texts: bool) -> Iterator[Row]:
-    request = {
-        "time": to_time(datetime.fromtimestamp(served.at_s, UTC)),
-        "request_id": served.request_id,
-        "actor": served.actor,
-        "generation": served.generation,
-        "request_passes": served.usage.passes,
-        "inference_ms": round(1000 * served.timings.inference_s, 3),
-    }
-    for index, (targets, answers) in enumerate(zip(served.targets, served.results, strict=True)):
-        reading = served.readings[index]
-        of_input = request | {"input": index} | _read(reading, has_texts)
-        for target in targets:
-            yield of_input | _of(target, reading) | _said(answers[target.reference], has_texts)
+def _input(has_texts: bool, targets: Sequence[Target], reading: Reading) -> bytes:
+    told = b",".join([_target_in(target, reading) for target in targets])
+    return b'{%b,"targets":[%b]}' % (_pairs(_read(reading, has_texts)), told)
 
 
 def _read(reading: Reading, has_texts: bool) -> Row:
@@ -59,38 +66,39 @@ def _read(reading: Reading, has_texts: bool) -> Row:
     return row
 
 
-def _of(target: Target, reading: Reading) -> Row:
+def _target_in(target: Target, reading: Reading) -> bytes:
     version = target.version
-    return {
-        "reference": target.reference,
-        "task": version.task,
-        "version": version.version,
-        "digest": version.digest,
-        "arm": target.arm,
-        "cached": version.digest in reading.cached,
-    }
+    is_cached = version.digest in reading.cached
+    return _target(target.reference, version.task, version.version, version.digest, target.arm, is_cached)
 
 
-def _said(answer: Answer, has_texts: bool) -> Row:
-    match answer:
-        case LabelAnswer():
-            return {"label": answer.label, "scores": answer.scores}
-        case LabelsAnswer():
-            return {"labels": answer.labels, "scores": answer.scores}
-        case ValueAnswer():
-            return {"value": answer.value}
-        case SpansAnswer():
-            return {"spans": _spans(answer.spans, has_texts)}
-        case FailedAnswer():
-            return {"error": _clean(answer.error)}
+@lru_cache(maxsize=1024)
+def _target(reference: str, task: str, version: int, digest: str, arm: Arm, is_cached: bool) -> bytes:
+    told = {"reference": reference, "task": task, "version": version, "digest": digest, "arm": arm, "cached": is_cached}
+    return orjson.dumps(told)
 
 
-def _spans(spans: Sequence[Span], has_texts: bool) -> list[Row]:
-    rows: list[Row] = [{"label": s.label, "start": s.start, "end": s.end, "score": s.score} for s in spans]
-    if has_texts:
-        for row, span in zip(rows, spans, strict=True):
-            row["text"] = _clean(span.text)
-    return rows
+def _results(served: Served, has_texts: bool) -> bytes:
+    """By reference, for each input. Spans quote the text."""
+    answers = (answer for results in served.results for answer in results.values())
+    if has_texts or not any(isinstance(answer, SpansAnswer) for answer in answers):
+        return served.content
+    return orjson.dumps([{name: _untold(answer) for name, answer in results.items()} for results in served.results])
+
+
+def _untold(answer: Answer) -> Answer | Row:
+    if not isinstance(answer, SpansAnswer):
+        return answer
+    return {"spans": [{"label": s.label, "start": s.start, "end": s.end, "score": s.score} for s in answer.spans]}
+
+
+def _pairs(row: Row) -> bytes:
+    """Without the braces around them."""
+    return orjson.dumps(row)[1:-1]
+
+
+def _time(at_s: float) -> str:
+    return f"{utc_second(int(at_s))}.{int(1e6 * (at_s % 1)):06d}Z"
 
 
 def _clean(text: str) -> str:

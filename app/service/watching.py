@@ -24,7 +24,7 @@ MAX_WAITING = 5_000  # requests that nobody has looked at yet
 MAX_WAITING_BYTES = 128_000_000  # about what they take
 _TOKEN_BYTES = 100  # with its offsets
 _SCORE_BYTES = 32  # a number, and its place in a tuple
-_EVERY_S = 0.25
+_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +36,7 @@ class Served:
     generation: int
     targets: Sequence[Sequence[Target]]  # what was asked for: reference, version, arm
     results: Sequence[Mapping[str, Answer]]  # by reference
+    content: bytes  # the results as JSON
     readings: Sequence[Reading]  # text, encoding, and outputs by digest; equal texts share one
     usage: Usage
     timings: Timings

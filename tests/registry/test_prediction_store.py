@@ -533,9 +533,10 @@ def test_a_part_that_cannot_be_finished_holds_up_no_other_and_is_told_once(
     for number in range(num_bad):
         write(number)
     bad = {path.name for path in store.folder.iterdir()}
+    chances = [name.removesuffix(".jsonl")[-8:] for name in bad]
 
     def refuse(path: Path, target: Path) -> Path:
-        if path.name in bad:
+        if any(chance in path.name for chance in chances):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         return rename(path, target)
 

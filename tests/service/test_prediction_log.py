@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ import pytest
 from app.config import Settings, load_settings
 from app.domain import TextInput
 from app.registry.prediction_lines import Row
+from app.registry.prediction_lines import rows_of as rows_of_line
 from app.registry.prediction_parts import PartWriter
 from app.registry.prediction_store import PredictionStore
 from app.service import prediction_log
 from app.service.prediction_log import PredictionLog
-from app.service.prediction_rows import is_sampled, to_lines
+from app.service.prediction_rows import is_sampled, to_line
 from app.service.watching import Served, Watch
 from app.telemetry.metrics import Metrics
 from tests.fakes import FakeEngine, FakeWatch, make_runtime
@@ -89,11 +89,12 @@ async def one(settings: Settings) -> Served:
 
 
 def rows_of(served: Served, has_texts: bool = False) -> list[Row]:
-    return [json.loads(line) for line in to_lines(served, has_texts).splitlines()]
+    return rows_of_line(to_line(served, has_texts))
 
 
 def written(store: PredictionStore) -> list[Row]:
-    return [json.loads(line) for path in store.folder.iterdir() for line in path.read_bytes().splitlines()]
+    lines = [line for path in store.folder.iterdir() for line in path.read_bytes().splitlines()]
+    return [row for line in lines for row in rows_of_line(line)]
 
 
 # -- what a row says ---------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ async def test_a_text_is_named_by_its_digest_and_kept_only_where_that_is_allowed
     (pair,) = await ask(settings, [TextInput(SECRET, PAIR)], ["entailment"], "r-2")
     for served in (single, pair):
         for word in (*SECRET.split(), *PAIR.split()):
-            assert f'"{word}"'.encode() not in to_lines(served, False) and b"Lovelace" not in to_lines(served, False)
+            assert f'"{word}"'.encode() not in to_line(served, False) and b"Lovelace" not in to_line(served, False)
     assert rows_of(single)[0]["text_sha256"] == hashlib.sha256(SECRET.encode()).hexdigest()
     assert rows_of(pair)[0]["text_sha256"] == hashlib.sha256(f"{SECRET}\0{PAIR}".encode()).hexdigest()
     kept, of_slots = rows_of(single, True)
@@ -209,7 +210,7 @@ async def test_a_disk_that_hangs_holds_nobody_up_and_what_finds_no_room_is_count
         return write(descriptor, content)
 
     monkeypatch.setattr(os, "write", slow)
-    log = open_log(most_waiting_bytes=10 * len(to_lines(one, False)))
+    log = open_log(most_waiting_bytes=10 * len(to_line(one, False)))
     log.take_in([one])
     assert hangs.wait(10)
     log.take_in([one] * 50)  # returns although nothing is written
@@ -277,7 +278,7 @@ async def test_a_request_that_cannot_be_written_costs_no_other(
     one: Served, store: PredictionStore, metrics: Counted, open_log: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = open_log()
-    encode = prediction_log.to_lines
+    encode = prediction_log.to_line
     broken = [True]
 
     def sometimes(served: Served, has_texts: bool) -> bytes:
@@ -286,7 +287,7 @@ async def test_a_request_that_cannot_be_written_costs_no_other(
         broken.append(False)
         return encode(served, has_texts)
 
-    monkeypatch.setattr(prediction_log, "to_lines", sometimes)
+    monkeypatch.setattr(prediction_log, "to_line", sometimes)
     log.take_in([one])
     broken.append(False)
     log.take_in([one])

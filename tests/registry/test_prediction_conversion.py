@@ -1,0 +1,207 @@
+"""A part of the prediction log gets its last form aside: rows of requests, in nobody's time, and nothing half done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+import pyarrow.parquet as pq
+import pytest
+
+from app.registry import prediction_conversion
+from app.registry.prediction_conversion import convert
+from app.registry.prediction_lines import Row, rows_of, to_line
+from app.registry.prediction_parts import left_alone
+from app.registry.prediction_store import PredictionStore
+from tests.serving import ROOT, wait_for
+
+Kind = Literal["jsonl", "parquet"]
+KINDS: tuple[Kind, ...] = ("jsonl", "parquet")
+
+
+def request(number: int = 0) -> Row:
+    """Two texts, of which two versions each said something."""
+    targets = [
+        {"reference": name, "task": "spam", "version": v, "digest": f"sha256:{v}", "arm": "champion", "cached": False}
+        for v, name in ((1, "spam"), (2, "spam@2"))
+    ]
+    answers = {
+        "spam": {"version": 1, "arm": "champion", "label": "ham", "score": 0.75, "scores": {"ham": 0.75, "spam": 0.25}},
+        "spam@2": {"version": 2, "arm": "pinned", "error": "it broke", "error_type": "engine"},
+    }
+    return {
+        "time": "2026-01-09T12:00:00.000000Z",
+        "request_id": f"r-{number}",
+        "inputs": [{"text_sha256": text, "tokens": 5, "truncated": False, "targets": targets} for text in ("ab", "cd")],
+        "results": [answers, answers],
+    }
+
+
+@contextmanager
+def part_of(path: Path, lines: bytes) -> Iterator[int]:
+    path.write_bytes(lines)
+    with left_alone(path) as part:
+        assert part is not None
+        yield part
+
+
+def never() -> bool:
+    return False
+
+
+def children() -> list[int]:
+    """Of this process, whichever thread began them."""
+    found = [(task / "children").read_text().split() for task in Path("/proc/self/task").iterdir()]
+    return [int(pid) for pids in found for pid in pids]
+
+
+MANY = b"".join(to_line(request(number)) for number in range(20_000))  # about a second of work
+
+
+# -- what a line says --------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_a_row_for_each_input_and_what_was_asked_for_it() -> None:
+    rows = rows_of(to_line(request()))
+    assert [(row["input"], row["text_sha256"], row["reference"]) for row in rows] == [
+        (0, "ab", "spam"),
+        (0, "ab", "spam@2"),
+        (1, "cd", "spam"),
+        (1, "cd", "spam@2"),
+    ]
+    assert rows[0] == {
+        "time": "2026-01-09T12:00:00.000000Z",
+        "request_id": "r-0",
+        "input": 0,
+        "text_sha256": "ab",
+        "tokens": 5,
+        "truncated": False,
+        "reference": "spam",
+        "task": "spam",
+        "version": 1,
+        "digest": "sha256:1",
+        "arm": "champion",
+        "cached": False,
+        "label": "ham",
+        "scores": {"ham": 0.75, "spam": 0.25},
+    }
+    assert rows[1]["error"] == "it broke" and not {"label", "score", "error_type"} & rows[1].keys()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda said: said.pop("results"),
+        lambda said: said["results"].pop(),
+        lambda said: said["results"].__setitem__(1, {}),
+        lambda said: said.__setitem__("inputs", 3),
+        lambda said: said["inputs"][0].pop("targets"),
+        lambda said: said["inputs"][0]["targets"][0].pop("reference"),
+    ],
+    ids=("no results", "a result less", "an answer less", "a number", "no targets", "no reference"),
+)
+def test_a_damaged_request_has_no_rows(damage: Callable[[Any], Any]) -> None:
+    said = orjson.loads(to_line(request()))
+    damage(said)
+    assert rows_of(to_line(said)) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_makes_rows_and_passes_over_what_is_damaged(kind: Kind, tmp_path: Path) -> None:
+    lines = to_line(request(1)) + b'{"inputs":\n' + b"7\n" + to_line(request(2))
+    with part_of(tmp_path / "part", lines) as part:
+        convert(part, tmp_path / "made", kind, is_pressing=False, is_stopping=never)
+    wanted = [row for number in (1, 2) for row in rows_of(to_line(request(number)))]
+    if kind == "jsonl":
+        assert [orjson.loads(line) for line in (tmp_path / "made").read_bytes().splitlines()] == wanted
+    else:
+        found = pq.read_table(tmp_path / "made").to_pylist(maps_as_pydicts="lossy")
+        assert [(r["request_id"], r["input"], r["label"], r["scores"], r["error"]) for r in found] == [
+            (r["request_id"], r["input"], r.get("label"), r.get("scores"), r.get("error")) for r in wanted
+        ]
+
+
+# -- how it runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_pressing", [False, True])
+def test_it_takes_the_time_that_is_left_unless_it_presses(is_pressing: bool, tmp_path: Path) -> None:
+    seen: set[int] = set()
+
+    def look() -> bool:
+        seen.update(os.sched_getscheduler(child) for child in children())
+        return False
+
+    with part_of(tmp_path / "part", MANY) as part:
+        convert(part, tmp_path / "made", "parquet", is_pressing=is_pressing, is_stopping=look)
+    assert (os.SCHED_IDLE in seen) is not is_pressing
+
+
+def test_what_takes_too_long_at_the_end_is_left_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_conversion, "_HURRY_S", 0.0)
+    with part_of(tmp_path / "part", MANY) as part, pytest.raises(OSError, match="status -9"):
+        convert(part, tmp_path / "made", "parquet", is_pressing=False, is_stopping=lambda: True)
+    assert not children()
+
+
+def test_what_it_cannot_write_is_told_in_a_sentence(tmp_path: Path) -> None:
+    with (
+        part_of(tmp_path / "part", to_line(request())) as part,
+        pytest.raises(OSError, match="^No such file or directory"),
+    ):
+        convert(part, tmp_path / "none" / "made", "jsonl", is_pressing=False, is_stopping=never)
+
+
+def test_who_stops_the_server_does_not_stop_it(tmp_path: Path) -> None:
+    """A signal to the whole group, as from a terminal, is the server's to heed."""
+    told: list[int] = []
+
+    def stop() -> bool:
+        for child in children() if not told else ():
+            if b"prediction_conversion" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(child, signal.SIGINT)
+                os.kill(child, signal.SIGTERM)
+                told.append(child)
+        return False
+
+    with part_of(tmp_path / "part", MANY) as part:
+        convert(part, tmp_path / "made", "parquet", is_pressing=False, is_stopping=stop)
+    assert told and pq.read_metadata(tmp_path / "made").num_rows == 4 * 20_000
+
+
+def test_a_killed_server_leaves_a_part_that_nobody_finishes_twice(tmp_path: Path) -> None:
+    """Its other process has the lock until it ends; then the next server's begins anew."""
+    store = PredictionStore(str(tmp_path / "log"), tmp_path / "home", "parquet", 10**9)
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from app.registry.prediction_parts import PartWriter\n"
+        "from app.registry.prediction_store import PredictionStore\n"
+        'store = PredictionStore(sys.argv[1], Path(sys.argv[2]), "parquet", 10**9)\n'
+        "writer = PartWriter(store.folder, store.server, 10**9, 3600.0)\n"
+        "writer.append(sys.stdin.buffer.read())\n"
+        "writer.end()\n"
+        "store.tidy()\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "log"), str(tmp_path / "home")]
+    with subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(MANY)
+        process.stdin.close()
+        wait_for(lambda: any((tmp_path / "log").glob(".*.partial")))
+        process.kill()
+    (part,) = (tmp_path / "log").glob("*_open_*")
+    with left_alone(part) as ours:
+        assert ours is None
+    store.tidy()
+    assert part.exists()
+    wait_for(lambda: (store.tidy(), not part.exists())[1])
+    (made,) = (tmp_path / "log").iterdir()
+    assert pq.read_metadata(made).num_rows == 4 * 20_000
