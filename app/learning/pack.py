@@ -42,6 +42,7 @@ from app.learning.search import passes_of
 from app.learning.study import Fitted, Quiet, Study, Tables, Watcher
 
 _SHARED_TRIALS, _MIN_SHARED_TRIALS = 3, 6  # for each task, and at least
+_LAST_TRIALS = 2  # for each task
 _READOUT_STEPS = 900  # over fixed states a step costs next to nothing, and with a third of them emotion lost 8 points
 _LINEAR_RATE = 10.0  # times a readout's: a single layer learns best so
 _NEAR_READOUT = 0.03  # a linear head that is no more than this behind is tried wherever a readout with queries is
@@ -59,8 +60,8 @@ class Search:
     A move puts tasks that lack onto one tuple, or back onto the trunk. Of all moves that `max_passes` allows, the one
     that removes most of what is lacking for each extra pass is taken, again and again. Where a tuple is affordable
     only if nobody reads the trunk's last layer, its readers stop below. Where no move is left, what lacks still is
-    learned at other rates. A text and a pair never stand in one request, so each kind of input has its own plan, and
-    the limit holds for each.
+    learned at other rates, and all others are tried on the tuples in use. A text and a pair never stand in one
+    request, so each kind of input has its own plan, and the limit holds for each.
     """
 
     tasks: dict[str, Task]
@@ -70,20 +71,26 @@ class Search:
     notes: Notes
     fits: int = 0
     trials_left: int = 0  # of tasks on tuples of others' prefixes
+    last_trials_left: int = 0  # of tasks that lack nothing on tuples that others read
     refined: set[tuple[str, PrefixTuple]] = field(default_factory=set)  # tasks, learned there at other rates too
 
     def run(self) -> list[tuple[str, State]]:
         """Every state that the search went through, with what led to it."""
         first_layers = self._first_layers()
         self.trials_left = max(_SHARED_TRIALS * len(self.tasks), _MIN_SHARED_TRIALS)
-        trials = self.trials_left + sum(len(first_layers) + task.live_is_ahead for task in self.tasks.values())
+        self.last_trials_left = _LAST_TRIALS * len(self.tasks)
+        trials = (
+            self.trials_left
+            + self.last_trials_left
+            + sum(len(first_layers) + task.live_is_ahead for task in self.tasks.values())
+        )
         alone = (_TRUNK_FITS + len(first_layers)) * len(self.tasks)
         refinements = _REFINED_PLACES * len(_OTHER_RATES) * len(self.tasks)
         self.watcher.stage("fits at most", alone + _MOST_READOUTS * trials + refinements)
         for task in self.tasks.values():
             self._measure_alone(task, first_layers)
         states = [("all on the bare trunk", dict.fromkeys(self.tasks, TRUNK))]
-        while (move := self._next_move(states[-1][1])) is not None or self._refine(states[-1][1]):
+        while (move := self._next_move(states[-1][1])) is not None or self._knows_more([state for _, state in states]):
             if move is not None:
                 states.append(move)
         return states
@@ -266,9 +273,11 @@ class Search:
         names = [task.name for task in (*members, *helped)]
         moved = self._afforded(state | dict.fromkeys(names, read)) if names else None
         if moved is not None:
-            shortened = [name for name in moved if moved[name] == SHORT_TRUNK != state[name] and name not in names]
-            told = f"; {', '.join(shortened)} on {named(SHORT_TRUNK)}" if shortened else ""
-            yield f"{', '.join(names)} on {named(read)}{told}", moved
+            by_place: dict[PrefixTuple, list[str]] = {}
+            for name in sorted(moved, key=lambda name: name not in names):  # those that were meant come first
+                if moved[name] != state[name]:
+                    by_place.setdefault(moved[name], []).append(name)
+            yield "; ".join(f"{', '.join(moving)} on {named(place)}" for place, moving in by_place.items()), moved
 
     def _afforded(self, state: State) -> State | None:
         """The state, or where it costs too much that in which readers of the trunk stop below the last layer."""
@@ -283,13 +292,35 @@ class Search:
 
     # -- fits
 
+    def _knows_more(self, states: Sequence[State]) -> bool:
+        """Whether more is known now, so that it is worth while to look for moves again."""
+        return self._refine(states[-1]) or self._try_in_use(states)
+
+    def _try_in_use(self, states: Sequence[State]) -> bool:
+        """Whether a task that lacked nothing is now known to be better on a tuple that others read, or have read."""
+        tried = False
+        for name, stands in states[-1].items():
+            task = self.tasks[name]
+            alike = (s[other] for s in reversed(states) for other in s if self._are_alike(other, name))
+            for read in dict.fromkeys(alike):
+                if self.last_trials_left and prefixes_of(read) and read not in task.scores:
+                    self.last_trials_left -= 1
+                    self._fit_readouts(task, read, self._study(task))
+                    tried |= bool(task.shortfall(stands, self.limits.tolerance))
+        return tried
+
+    def _are_alike(self, one: str, other: str) -> bool:
+        return self.tasks[one].input_kind is self.tasks[other].input_kind
+
     def _refine(self, state: State) -> bool:
         """Whether one of those that lack is better now where it stands, at other rates than those of the trunk."""
         room = _REFINED_PLACES * len(self.tasks)
         for task in self.lacking(state):
             read = state[task.name]
-            recipe = task.recipe_for(read)
-            if (task.name, read) in self.refined or recipe.num_virtual_tokens or len(self.refined) >= room:
+            recipe = task.recipes.get(read)  # None: it is live as it is
+            if recipe is None or recipe.num_virtual_tokens:
+                continue
+            if (task.name, read) in self.refined or len(self.refined) >= room:
                 continue
             self.refined.add((task.name, read))
             before, study = task.scores[read], self._study(task)

@@ -234,7 +234,7 @@ def test_the_curve_rises_with_the_passes(packed: Packed) -> None:
 
 def test_the_number_of_fits_is_told_and_held(packed: Packed) -> None:
     assert packed.release["fits"] == len(packed.watcher.fits) <= packed.watcher.at_most
-    assert packed.watcher.at_most <= 24 * 4
+    assert packed.watcher.at_most <= 26 * 4
 
 
 # -- what cannot be had ------------------------------------------------------------------------------------------------
