@@ -114,7 +114,9 @@ class Settings(BaseSettings):
     prediction_log_format: Literal["jsonl", "parquet"] = Field("jsonl", description="jsonl or parquet")
     prediction_log_sample: float = Field(1.0, ge=0, le=1, description="the share of requests that it keeps")
     prediction_log_texts: bool = Field(False, description="keep texts too; without, only their sha256")
-    prediction_log_part_bytes: int = Field(64_000_000, ge=1, description="bytes of one file of it, as JSON lines")
+    prediction_log_part_bytes: int = Field(
+        64_000_000, ge=1, description="bytes of the file it writes, before rows are made"
+    )
     prediction_log_part_s: float = Field(3600.0, ge=1, description="after this time it begins another file")
     prediction_log_limit_bytes: int = Field(
         10_000_000_000, ge=1, description="bytes of this server's files that are kept; the oldest go first"

@@ -38,7 +38,7 @@ def _log(scope: Scope, status: int, duration_s: float) -> None:
     said, principal = state.get("said"), state.get("principal")
     answered = _answered(said) if isinstance(said, Prediction) else None
     cost = None if said is None else (said.generation, said.usage, said.timings)
-    asked = _Asked(scope["method"], scope["path"], route_of(scope), state["request_id"], state["trace"].ids)
+    asked = _Asked(scope["method"], scope["path"][:200], route_of(scope), state["request_id"], state["trace"].ids)
     actor = None if principal is None else principal.name
     log_made(logger, partial(_line, time.time(), asked, actor, status, duration_s, cost, answered))
 
@@ -68,7 +68,7 @@ def _line(
         fields |= _cost(*cost)
     if answered is not None:
         fields["versions"] = _named(answered)
-    shown = path[:200].replace(" ", "%20")  # so that it looks like no pair behind the message
+    shown = path.replace(" ", "%20")  # so that it looks like no pair behind the message
     message = f"{method} {shown} {status} in {1000 * duration_s:.1f} ms"
     return Line(ACCESS, at_s, message, {"request_id": request_id, **trace}, fields, _TOLD)
 

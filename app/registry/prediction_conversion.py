@@ -6,22 +6,26 @@ Knows neither the log nor what a row says.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from app.registry.durable import sync
+
 _ROOT = Path(__file__).parents[2]  # that `app` lies in
-_CODE = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import main; sys.exit(main(*sys.argv[2:]))"
+_CODE = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main; sys.exit(main(*sys.argv[2:]))"
 _LEAST = 19  # niceness, where there is no class for what only takes idle time
 _POLL_S = 0.25
-_HURRY_S = 4.0  # for what is left when the server stops
+_MOST_IDLE_S = 60.0  # where there is no idle time, others must not wait for ever
 _TOLD_CHARACTERS = 500
 
 
@@ -29,50 +33,61 @@ def convert(
     part: int,
     target: Path,
     kind: Literal["jsonl", "parquet"],
-    *,
-    is_pressing: bool,
-    is_stopping: Callable[[], bool],
-) -> None:
-    """Writes the rows of `part` into `target`.
+    is_pressing: Callable[[], bool],
+    left_s: Callable[[], float],
+) -> bool:
+    """Writes the rows of `part` into `target`, on its disk when this returns.
 
     `part`: the descriptor of a file that is locked. The process has it too, so that the lock outlives this one if it
-    is killed, and nobody else writes `target` meanwhile. `is_pressing`: with as much time as anybody has. Raises
-    OSError, also where it is not done some seconds after `is_stopping`.
+    is killed, and nobody else writes `target` meanwhile. Once it `is_pressing`, or takes long, it gets as much time as
+    anybody has. False where `left_s` came to nothing before it was done. Raises OSError.
     """
+    for haste, most_s in (("idle", _MOST_IDLE_S), ("pressing", math.inf)):
+        if haste == "idle" and is_pressing():
+            continue
+        until_s = time.monotonic() + most_s
+        may_go_on = partial(_may_go_on, until_s, is_pressing if haste == "idle" else lambda: False, left_s)
+        if _run(part, [str(target), kind, haste], may_go_on):
+            return True
+        if left_s() <= 0:
+            return False
+    raise AssertionError("what presses has all the time that is left")
+
+
+def _may_go_on(until_s: float, is_pressing: Callable[[], bool], left_s: Callable[[], float]) -> bool:
+    return time.monotonic() < until_s and not is_pressing() and left_s() > 0
+
+
+def _run(part: int, arguments: Sequence[str], may_go_on: Callable[[], bool]) -> bool:
+    """False where it was ended."""
     os.lseek(part, 0, os.SEEK_SET)
-    haste = "pressing" if is_pressing else "idle"
-    command = [sys.executable, "-P", "-c", _CODE, str(_ROOT), str(target), kind, haste]
+    command = [sys.executable, "-P", "-c", _CODE, str(_ROOT), *arguments]
     with subprocess.Popen(
-        command,
-        stdin=part,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
+        command, stdin=part, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as process:
-        told = _wait(process, is_stopping)
-    if process.returncode:
+        told = _wait(process, may_go_on)
+    if told is not None and process.returncode:
         last = told.strip().rpartition("\n")[2][-_TOLD_CHARACTERS:]
-        raise OSError(last or f"what makes {kind} of it ended with status {process.returncode}")
+        raise OSError(last or f"the process that makes its rows ended with status {process.returncode}")
+    return told is not None
 
 
-def _wait(process: subprocess.Popen[str], is_stopping: Callable[[], bool]) -> str:
-    """What it says. A process that takes too long at the end is ended."""
-    until_s: float | None = None
+def _wait(process: subprocess.Popen[str], may_go_on: Callable[[], bool]) -> str | None:
+    """What it says; None where it was ended."""
     while True:
         try:
             return process.communicate(timeout=_POLL_S)[1]
         except subprocess.TimeoutExpired:
-            if until_s is None and is_stopping():
-                until_s = time.monotonic() + _HURRY_S
-            if until_s is not None and time.monotonic() > until_s:
+            if not may_go_on():
                 process.kill()
+                return None
 
 
 def main(target: str, kind: str, haste: str) -> int:
     """In the other process: standard input is the part. Whoever stops the server leaves this to the server."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    os.umask(0o077)  # until the server gives the file its mode
     if haste == "idle":
         _step_back()
     try:
@@ -80,6 +95,7 @@ def main(target: str, kind: str, haste: str) -> int:
             import_module("app.registry.prediction_lines").to_json_lines(sys.stdin.buffer, Path(target))
         else:
             import_module("app.registry.prediction_parquet").to_parquet(sys.stdin.buffer, Path(target))
+        sync(Path(target))
     except OSError as error:
         sys.stderr.write(error.strerror or str(error))
         return 1
@@ -87,9 +103,9 @@ def main(target: str, kind: str, haste: str) -> int:
 
 
 def _step_back() -> None:
-    """Whoever has work goes before, where a system lets us say so."""
-    with suppress(OSError):
-        if hasattr(os, "SCHED_IDLE"):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        else:
+    """Whoever has work goes before."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except (AttributeError, OSError):  # another system, or one that does not let us
+        with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, _LEAST)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +27,10 @@ from typing import BinaryIO, Literal, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from app.errors import SettingsError, UnavailableError
-from app.registry.durable import write_durably
+from app.registry.durable import sync, write_durably
 from app.registry.places import open_place, reaching, without_user
 from app.registry.prediction_conversion import convert
-from app.registry.prediction_lines import Row, find_lines, rows_of, time_of
+from app.registry.prediction_lines import Row, find_lines, time_of
 from app.registry.prediction_parts import PartName, create_locked, left_alone
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _SEARCH_S = 20.0  # no file is begun after it
 _SLACK_S = 120.0  # rows wait before they are written, and clocks differ
 _FAILURES = 3  # in one go: then it is the store
 _STUCK_S = 300.0
-_MOST_BEHIND = 4  # parts that wait while one gets its last form aside; then it takes time from those who answer
+_MOST_WAITING = 5  # parts, with the one that is written; then rows are made in the time of those who answer
 # Arrow's own are some of these.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
 _TRIM_EVERY_S = 600.0  # files grow old though nothing is written
@@ -101,18 +102,19 @@ class PredictionStore:
 
     # -- keeping -------------------------------------------------------------------------------------------------------
 
-    def tidy(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
+    def tidy(self, left_s: Callable[[], float] = lambda: math.inf) -> None:
         """Finishes parts that nobody writes any more, also those of a process that was killed; the oldest go.
 
-        One part that cannot be finished holds up no other, and is told of once. Raises UnavailableError where none can.
+        `left_s`: how long this may take still, where the server stops. One part that cannot be finished holds up no
+        other, and is told of once. Raises UnavailableError where none can.
         """
         num_finished, failed = 0, list[tuple[_File, UnavailableError]]()
-        due = self._due()
-        for place, file in enumerate(due):
-            is_pressing = is_stopping() or len(due) - place > _MOST_BEHIND
+        for file in self._due():
+            if left_s() <= 0:
+                break
             try:
                 with self._reaching("written"):
-                    num_finished += self._finish(file, is_pressing, is_stopping)
+                    num_finished += self._finish(file, left_s)
             except UnavailableError as error:
                 self._failed_s[file.name.key] = time.monotonic()
                 failed.append((file, error))
@@ -145,15 +147,17 @@ class PredictionStore:
         files = [file for file in self._here() if file.name.ended_s is None and file.name.server == self.server]
         return sorted(files, key=lambda file: file.name.began_s)
 
-    def _finish(self, file: _File, is_pressing: bool, is_stopping: Callable[[], bool]) -> bool:
+    def _finish(self, file: _File, left_s: Callable[[], float]) -> bool:
         path = Path(file.path)
         with left_alone(path) as part:
             if part is None:
                 return False
             name = str(replace(file.name, ended_s=path.stat().st_mtime, kind=self._kind))
+            self._sweep(file.name)
             converted = path.with_name(f".{name}.partial")
             try:
-                convert(part, converted, self._kind, is_pressing=is_pressing, is_stopping=is_stopping)
+                if not convert(part, converted, self._kind, partial(self._is_pressing, left_s), left_s):
+                    return False
                 converted.chmod(path.stat().st_mode & 0o777)
                 self._put(converted, name)
             finally:
@@ -161,10 +165,19 @@ class PredictionStore:
             path.unlink()
             return True
 
+    def _sweep(self, name: PartName) -> None:
+        """What a killed server's attempt at this part left."""
+        for path in self.folder.glob(f".*_{name.server}_{name.chance}.*.partial"):
+            path.unlink(missing_ok=True)
+
+    def _is_pressing(self, left_s: Callable[[], float]) -> bool:
+        return left_s() < math.inf or len(self._waiting()) > _MOST_WAITING
+
     def _put(self, path: Path, name: str) -> None:
         """The file is gone from where it was."""
         if self._is_local:
             path.rename(Path(self._root) / name)
+            sync(Path(self._root))
         else:
             self._fs.put_file(str(path), f"{self._root}/{name}")
             path.unlink()
@@ -182,12 +195,10 @@ class PredictionStore:
                 excess_bytes -= file.size_bytes
 
     def drop_waiting(self) -> int:
-        """What the store did not take, once it is too much or too old. How many rows that was.
+        """Parts that could not be finished, once they are too much or too old. How many rows that was.
 
         Raises OSError.
         """
-        if self._is_local:
-            return 0
         waiting, lost = self._waiting(), 0
         excess_bytes = sum(file.size_bytes for file in waiting) - min(_WAITING_BYTES, self._limit_bytes)
         for file in waiting:
@@ -364,5 +375,6 @@ def _is_within(row: Row, since_s: float, until_s: float) -> bool:
 
 
 def _count_rows(path: Path) -> int:
+    """Each says once what was asked for. A caller's text cannot hold this: its quotes are escaped."""
     with path.open("rb") as file:
-        return sum(len(rows_of(line)) for line in file)
+        return sum(line.count(b'"reference":"') for line in file)

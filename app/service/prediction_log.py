@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -28,6 +29,7 @@ _AT_ONCE_BYTES = 1_000_000
 _EVERY_S = 1.0
 _RETRY_S = 30.0  # after a store did not answer
 _CLOSE_S = 5.0  # for what is left at the end; what is not finished then is finished at the next start
+_ENDING_S = 0.5  # of it, for the process that makes rows to end
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -57,6 +59,7 @@ class PredictionLog:
         self._waiting_bytes, self._most_waiting_bytes = 0, most_waiting_bytes
         self._changed = threading.Condition()
         self._is_closing, self._closing = False, threading.Event()
+        self._until_s = math.inf  # on time.monotonic(): what is not finished by then is left
         self._fault: tuple[type[Exception], int | None] | None = None  # why rows are dropped now
         self._lost = 0  # since it began
         self._is_store_out = False
@@ -98,6 +101,7 @@ class PredictionLog:
     def close(self) -> None:
         """What waits is written first, as far as it can be in a few seconds."""
         deadline_s = time.monotonic() + _CLOSE_S
+        self._until_s = deadline_s - _ENDING_S
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -174,7 +178,7 @@ class PredictionLog:
         if lost:
             self._metrics.log_dropped("store", lost)
         try:
-            self._store.tidy(self._closing.is_set)
+            self._store.tidy(lambda: self._until_s - time.monotonic())
         except UnavailableError as error:
             if not self._is_store_out:
                 logger.error("%s; what is finished waits in %s", error, self._store.folder)

@@ -45,7 +45,7 @@ class Served:
     @property
     def memory_bytes(self) -> int:
         """About what its texts, tokens and scores take."""
-        return sum(map(_memory_bytes, self.readings))
+        return len(self.content) + sum(map(_memory_bytes, self.readings))
 
 
 def _memory_bytes(reading: Reading) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ import pytest
 from app.registry import prediction_conversion
 from app.registry.prediction_conversion import convert
 from app.registry.prediction_lines import Row, rows_of, to_line
-from app.registry.prediction_parts import left_alone
+from app.registry.prediction_parts import PartName, PartWriter, left_alone
 from app.registry.prediction_store import PredictionStore
 from tests.serving import ROOT, wait_for
 
@@ -56,10 +58,14 @@ def never() -> bool:
     return False
 
 
-def children() -> list[int]:
-    """Of this process, whichever thread began them."""
+def forever() -> float:
+    return math.inf
+
+
+def conversions() -> list[int]:
+    """This process's children that are at it, whichever thread began them."""
     found = [(task / "children").read_text().split() for task in Path("/proc/self/task").iterdir()]
-    return [int(pid) for pids in found for pid in pids]
+    return [int(p) for pids in found for p in pids if b"_conversion" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 MANY = b"".join(to_line(request(number)) for number in range(20_000))  # about a second of work
@@ -117,7 +123,7 @@ def test_a_damaged_request_has_no_rows(damage: Callable[[Any], Any]) -> None:
 def test_it_makes_rows_and_passes_over_what_is_damaged(kind: Kind, tmp_path: Path) -> None:
     lines = to_line(request(1)) + b'{"inputs":\n' + b"7\n" + to_line(request(2))
     with part_of(tmp_path / "part", lines) as part:
-        convert(part, tmp_path / "made", kind, is_pressing=False, is_stopping=never)
+        convert(part, tmp_path / "made", kind, never, forever)
     wanted = [row for number in (1, 2) for row in rows_of(to_line(request(number)))]
     if kind == "jsonl":
         assert [orjson.loads(line) for line in (tmp_path / "made").read_bytes().splitlines()] == wanted
@@ -131,24 +137,55 @@ def test_it_makes_rows_and_passes_over_what_is_damaged(kind: Kind, tmp_path: Pat
 # -- how it runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_pressing", [False, True])
-def test_it_takes_the_time_that_is_left_unless_it_presses(is_pressing: bool, tmp_path: Path) -> None:
-    seen: set[int] = set()
+def scheduling(seen: set[int]) -> Callable[[], float]:
+    """Sees in passing how the other process is scheduled."""
 
-    def look() -> bool:
-        seen.update(os.sched_getscheduler(child) for child in children())
-        return False
+    def look() -> float:
+        seen.update(os.sched_getscheduler(child) for child in conversions())
+        return math.inf
+
+    return look
+
+
+def test_it_takes_idle_time(tmp_path: Path) -> None:
+    seen: set[int] = set()
+    with part_of(tmp_path / "part", MANY) as part:
+        assert convert(part, tmp_path / "made", "parquet", never, scheduling(seen))
+    assert os.SCHED_IDLE in seen
+
+
+def test_it_takes_any_time_where_it_presses(tmp_path: Path) -> None:
+    seen: set[int] = set()
+    with part_of(tmp_path / "part", MANY) as part:
+        assert convert(part, tmp_path / "made", "parquet", lambda: True, scheduling(seen))
+    assert seen == {os.SCHED_OTHER}
+
+
+def test_where_no_time_is_idle_it_begins_again_with_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction_conversion, "_MOST_IDLE_S", 0.0)
+    seen: set[int] = set()
+    with part_of(tmp_path / "part", MANY) as part:
+        assert convert(part, tmp_path / "made", "parquet", never, scheduling(seen))
+    assert os.SCHED_OTHER in seen and pq.read_metadata(tmp_path / "made").num_rows == 4 * 20_000
+
+
+def test_what_takes_too_long_at_the_end_is_left_for_later(tmp_path: Path) -> None:
+    with part_of(tmp_path / "part", MANY) as part:
+        assert not convert(part, tmp_path / "made", "parquet", never, lambda: 0.0)
+    assert not conversions()
+
+
+def test_nobody_else_can_read_what_is_half_made(tmp_path: Path) -> None:
+    modes: set[int] = set()
+
+    def look() -> float:
+        if (tmp_path / "made").exists():
+            modes.add((tmp_path / "made").stat().st_mode & 0o777)
+        return math.inf
 
     with part_of(tmp_path / "part", MANY) as part:
-        convert(part, tmp_path / "made", "parquet", is_pressing=is_pressing, is_stopping=look)
-    assert (os.SCHED_IDLE in seen) is not is_pressing
-
-
-def test_what_takes_too_long_at_the_end_is_left_for_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction_conversion, "_HURRY_S", 0.0)
-    with part_of(tmp_path / "part", MANY) as part, pytest.raises(OSError, match="status -9"):
-        convert(part, tmp_path / "made", "parquet", is_pressing=False, is_stopping=lambda: True)
-    assert not children()
+        assert convert(part, tmp_path / "made", "parquet", never, look)
+    assert modes == {0o600}
 
 
 def test_what_it_cannot_write_is_told_in_a_sentence(tmp_path: Path) -> None:
@@ -156,23 +193,22 @@ def test_what_it_cannot_write_is_told_in_a_sentence(tmp_path: Path) -> None:
         part_of(tmp_path / "part", to_line(request())) as part,
         pytest.raises(OSError, match="^No such file or directory"),
     ):
-        convert(part, tmp_path / "none" / "made", "jsonl", is_pressing=False, is_stopping=never)
+        convert(part, tmp_path / "none" / "made", "jsonl", never, forever)
 
 
 def test_who_stops_the_server_does_not_stop_it(tmp_path: Path) -> None:
     """A signal to the whole group, as from a terminal, is the server's to heed."""
     told: list[int] = []
 
-    def stop() -> bool:
-        for child in children() if not told else ():
-            if b"prediction_conversion" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(child, signal.SIGINT)
-                os.kill(child, signal.SIGTERM)
-                told.append(child)
-        return False
+    def stop() -> float:
+        for child in conversions() if not told else ():
+            os.kill(child, signal.SIGINT)
+            os.kill(child, signal.SIGTERM)
+            told.append(child)
+        return math.inf
 
     with part_of(tmp_path / "part", MANY) as part:
-        convert(part, tmp_path / "made", "parquet", is_pressing=False, is_stopping=stop)
+        assert convert(part, tmp_path / "made", "parquet", never, stop)
     assert told and pq.read_metadata(tmp_path / "made").num_rows == 4 * 20_000
 
 
@@ -200,8 +236,34 @@ def test_a_killed_server_leaves_a_part_that_nobody_finishes_twice(tmp_path: Path
     (part,) = (tmp_path / "log").glob("*_open_*")
     with left_alone(part) as ours:
         assert ours is None
+    other = PartName.parse(part.name)
+    assert other is not None
+    stray = part.with_name(f".{replace(other, ended_s=other.began_s, kind='jsonl')}.partial")
+    stray.touch()  # of a try at another format
     store.tidy()
     assert part.exists()
     wait_for(lambda: (store.tidy(), not part.exists())[1])
     (made,) = (tmp_path / "log").iterdir()
     assert pq.read_metadata(made).num_rows == 4 * 20_000
+
+
+def test_parts_of_a_release_that_wrote_rows_are_finished_beside_those_of_this_one(tmp_path: Path) -> None:
+    store = PredictionStore(str(tmp_path / "log"), tmp_path / "home", "parquet", 10**9)
+    writer = PartWriter(store.folder, store.server, 10**9, 3600.0)
+    writer.append(b"".join(map(to_line, rows_of(to_line(request(1))))) + to_line(request(2)))
+    writer.end()
+    store.tidy()
+    assert [len(store.find(f"r-{number}").rows) for number in (1, 2)] == [4, 4]
+
+
+def test_at_the_end_what_is_left_waits_and_nothing_is_called_a_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = PredictionStore(str(tmp_path / "log"), tmp_path / "home", "parquet", 10**9)
+    writer = PartWriter(store.folder, store.server, 1, 3600.0)
+    for number in range(3):
+        writer.append(to_line(request(number)))
+    writer.end()
+    store.tidy(lambda: 0.0)
+    assert len(list(store.folder.glob("*_open_*"))) == 3 and not caplog.records
+    assert len(store.find("r-1").rows) == 4

@@ -144,7 +144,7 @@ def test_parquet_has_the_schema_that_is_promised(tmp_path: Path) -> None:
     for number in range(2_500):
         writer.append(to_line(row(number)))
     writer.end()
-    store.tidy(lambda: True)
+    store.tidy()
     (path,) = store.folder.glob("*.parquet")
     table = pq.read_table(path)
     assert table.schema.equals(SCHEMA)
@@ -216,7 +216,7 @@ def test_a_part_whose_last_rows_are_all_damaged_is_finished(good: int, tmp_path:
         writer.append(to_line(row(number)))
     writer.append(b'{"request_id":"r-999"}\n')
     writer.end()
-    store.tidy(lambda: True)
+    store.tidy()
     assert len(list(store.folder.glob("*.parquet"))) == 1 and not list(store.folder.glob("*open*"))
     assert ids(store, 0, 199, 999) == ([0, 199] if good else [])
 
@@ -279,7 +279,7 @@ def test_the_oldest_parts_go_and_those_of_others_stay(url: str, kind: str, tmp_p
         clock.now_s += 10
         writer.append(to_line(row(number)))
         writer.end()
-        store.tidy(lambda: True)
+        store.tidy()
     kept = ids(store, *range(8))
     assert 0 < len(kept) < 8 and kept == list(range(8 - len(kept), 8))
     assert ids(store, 100) == [100]
@@ -376,7 +376,7 @@ def test_files_that_nobody_can_read_hide_no_others(
         for _ in range(100):
             writer.append(to_line(row(number)))
         writer.end()
-        store.tidy(lambda: True)
+        store.tidy()
         clock.now_s += 10
     first, second, _ = sorted(store.folder.glob("*.parquet"))
     content = first.read_bytes()
@@ -567,6 +567,24 @@ def test_what_waits_for_a_store_is_bounded_and_the_oldest_rows_are_counted(
         writer.end()
     assert store.drop_waiting() == 6 and store.drop_waiting() == 0
     assert ids(store, 0, 10, 20, 30) == [30]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_can_never_be_finished_is_bounded_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no process can be started. The newest rows stay."""
+    store, clock = open_store(str(tmp_path / "log"), tmp_path / "home", kind, limit_bytes=1_500), Clock()
+    writer = writer_of(store, clock=clock)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no-python"))
+    lost = 0
+    for number in range(12):
+        clock.now_s += 1
+        writer.append(to_line(row(number)))
+        writer.end()
+        lost += store.drop_waiting()
+        with contextlib.suppress(UnavailableError):
+            store.tidy()
+    assert sum(path.stat().st_size for path in store.folder.iterdir()) <= 1_500 + 400
+    assert 0 < lost < 12 and ids(store, *range(12)) == list(range(lost, 12))
 
 
 def test_what_waits_for_a_store_does_not_outlive_its_days(memory: MemoryFileSystem, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_what_finds_no_room_is_dropped_and_told() -> None:
 def test_few_requests_with_long_texts_take_no_more_room_than_many() -> None:
     dropped: list[int] = []
     kept = Kept()
-    watch = Watch([kept], dropped.append, max_waiting_bytes=100)
+    watch = Watch([kept], dropped.append, max_waiting_bytes=104)
     for _ in range(3):  # what was taken makes room again
         watch.served(request("a", TextInput("x" * 30), TextInput("x" * 20, "y" * 10)))
         watch.served(request("b", TextInput("x" * 41)))
