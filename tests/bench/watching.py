@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,9 @@ MOST_MOVED = 1.05  # p99 beside scrapes, over that of none: rounds move by as mu
 OFF, ON, FULL, MANY = "off", "on", "on, every request traced", "many"
 ORDERS = ((OFF, ON, FULL), (FULL, ON, OFF), (ON, OFF, FULL), (FULL, OFF, ON))  # so that none is always behind another
 SAMPLE = 0.1  # share of requests that is traced
-SCRAPE_S = 5.0  # between scrapes of what is compared; docker/prometheus asks each 15 s
+SCRAPE_S = 5.0  # between scrapes of what is compared, the first after 1 s; docker/prometheus asks each 15 s
+FIRST_SCRAPE_S = 1.0
+PART_BYTES = 16_000_000  # of the prediction log, a quarter of the default: files are converted within a sitting
 OFTEN_S, SELDOM_S = 2.5, 15.0  # between scrapes of many tasks: the latter as docker/prometheus asks
 SCRAPE_ROUNDS, SCRAPED_S = 6, 30
 
@@ -67,6 +70,7 @@ SEVERAL = Traffic("five tasks of 261 labels, 64 tokens", ("banking", "emotion", 
 class Found:
     loads: dict[tuple[str, str], list[Load]] = field(default_factory=dict)  # by traffic and server
     cpu_us: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)  # a request: see cpu_us()
+    aside_us: dict[str, list[float]] = field(default_factory=dict)  # a request, of processes that ended, by server
     scrapes_ms: dict[str, list[float]] = field(default_factory=dict)  # by whether the server had other work
     p99_ms: dict[float, list[float]] = field(default_factory=dict)  # by how often it was scraped meanwhile; 0: never
     scrape_bytes: int = 0
@@ -90,6 +94,7 @@ def server(
 def watching(folder: Path, receiver: str, sample: float) -> list[str]:
     """Every option that adds something to watch."""
     log = ["--prediction-log", str(folder / f"predictions-{sample}"), "--prediction-log-format", "parquet"]
+    log += ["--prediction-log-part-bytes", str(PART_BYTES)]
     return ["--log-format", "json", "--otlp-endpoint", receiver, "--trace-sample", str(sample), *log]
 
 
@@ -115,13 +120,15 @@ def receiver() -> Iterator[str]:
 
 
 @contextmanager
-def scraping(one: Running, every_s: float) -> Iterator[None]:
+def scraping(one: Running, every_s: float, first_s: float) -> Iterator[None]:
     """By curl, a process for each scrape, as Prometheus would: nothing of it runs in the server."""
     closing = threading.Event()
 
     def run() -> None:
-        while not closing.wait(every_s):
+        wait_s = first_s
+        while not closing.wait(wait_s):
             subprocess.run(["curl", "-s", "-o", "/dev/null", f"{one.url}/metrics"], check=False)
+            wait_s = every_s
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -142,6 +149,8 @@ def measure_cost(
     found: Found,
 ) -> int:
     """Returns where the next texts begin. The `threads` that take most time are those that the layers run on."""
+    began_us = {name: ended_us(one.process.pid) for name, one in servers.items()}
+    answers = dict.fromkeys(servers, 0)
     for number in range(rounds + 1):  # the first is for warming up
         for traffic in (ONE, SEVERAL):
             for name in ORDERS[number % len(ORDERS)]:
@@ -149,18 +158,22 @@ def measure_cost(
                 one.resume()
                 before_us = cpu_us(one.process.pid)
                 if name != OFF:
-                    with scraping(one, SCRAPE_S):
+                    with scraping(one, SCRAPE_S, FIRST_SCRAPE_S):
                         load = run_wrk(one.url, [traffic.call], texts[traffic.length].file, CONNECTIONS, seconds, start)
                 else:
                     load = run_wrk(one.url, [traffic.call], texts[traffic.length].file, CONNECTIONS, seconds, start)
                 used_us = sorted(us - before_us.get(thread, 0.0) for thread, us in cpu_us(one.process.pid).items())
                 one.pause()
                 start += load.answers
+                answers[name] += load.answers
                 if number:
                     found.loads.setdefault((traffic.name, name), []).append(load)
                     share = sum(used_us[:-threads]) / load.answers, sum(used_us) / load.answers
                     found.cpu_us.setdefault((traffic.name, name), []).append(share)
                     print(f"{traffic.name}, {name}: {load.texts_s:.1f} texts/s, p99 {load.p99_ms:.0f} ms", flush=True)
+    for name, one in servers.items():
+        used_us = ended_us(one.process.pid) - began_us[name]
+        found.aside_us.setdefault(name, []).append(used_us / answers[name])
     return start
 
 
@@ -173,12 +186,18 @@ def cpu_us(pid: int) -> dict[str, float]:
     return found
 
 
+def ended_us(pid: int) -> float:
+    """What processes that a process began, and that have ended, had of the processors."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK") * 1e6
+
+
 def measure_scrape(one: Running, text: TextSet, traffic: Traffic, rounds: int, seconds: int, found: Found) -> None:
     one.resume()
     run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds)  # every task has its series now
     for number in range(rounds):
         for every_s in (0.0, SELDOM_S, OFTEN_S)[:: -1 if number % 2 else 1]:
-            with scraping(one, every_s) if every_s else nullcontext():
+            with scraping(one, every_s, every_s) if every_s else nullcontext():
                 load = run_wrk(one.url, [traffic.call], text.file, FEW_CONNECTIONS, seconds, 1000 * number)
             found.p99_ms.setdefault(every_s, []).append(load.p99_ms)
             print(f"{TASKS} tasks, scraped each {every_s:g} s: p99 {load.p99_ms:.1f} ms", flush=True)
@@ -216,7 +235,8 @@ def report(found: Found, threads: int, sittings: int, rounds: int, seconds: int)
         "which the servers take turns; wrk, the receiver of traces and the scrapes on the same cores.",
         "",
         f"*On*: a JSON line a request, traces of {SAMPLE:.0%} of them sent to an OTLP receiver, every answer in a "
-        f"prediction log (Parquet), drift windows and score histograms, and a scrape each {SCRAPE_S:g} s. *Off*: none "
+        f"prediction log (Parquet, in files of {PART_BYTES / 1e6:g} MB of JSON lines), drift windows and score "
+        f"histograms, and a scrape {FIRST_SCRAPE_S:g} s into each round. *Off*: none "
         f"of these. {CONNECTIONS} requests at once, no answer cache.",
         "",
         "| traffic | off, texts/s | on, texts/s | on / off (middle half of rounds) | p99 off, on | at most 3 % |",
@@ -233,6 +253,7 @@ def report(found: Found, threads: int, sittings: int, rounds: int, seconds: int)
         "|---|---|---|---|",
         *(_cpu(found, traffic, name) for name in (ON, FULL) for traffic in (ONE, SEVERAL)),
     ]
+    lines += ["", _aside(found)]
     idle, busy = (found.scrapes_ms[name] for name in ("idle", "under load"))
     middle_ms, most_ms = statistics.median(idle), max(idle)
     lines += [
@@ -288,6 +309,14 @@ def _cpu(found: Found, traffic: Traffic, name: str) -> str:
     whole_us = statistics.median(whole for _, whole in found.cpu_us[traffic.name, OFF])
     more = f"{(on_us - off_us) / whole_us:.1%} of {whole_us:.0f} µs"
     return f"| {traffic.name}: {name} | {off_us:.0f} | {on_us:.0f} | {more} |"
+
+
+def _aside(found: Found) -> str:
+    off_us, on_us = (statistics.mean(found.aside_us[name]) for name in (OFF, ON))
+    return (
+        f"Not in it is the process that makes rows and Parquet of what the log wrote, in time that is idle: "
+        f"{on_us - off_us:.0f} µs a request, over both kinds of traffic."
+    )
 
 
 def _median(loads: Sequence[Load], name: str) -> float:
