@@ -244,6 +244,19 @@ class Search:
             for source in sorted(lacking[0].sources, key=lambda source: -source.first_layer):
                 if not _shares(read, source):
                     yield from self._move(state, (*read, source), members, lacking)
+        yield from self._exchanges(state, in_use, lacking)
+
+    def _exchanges(
+        self, state: State, in_use: Sequence[PrefixTuple], lacking: Sequence[Task]
+    ) -> Iterator[tuple[str, State]]:
+        """Onto a tuple that is known to suit a task that lacks, all that read another one, which is then spared."""
+        for task in lacking:
+            better = [read for read in task.scores if prefixes_of(read)]
+            for read in (read for read in better if task.scores[read] > task.scores[state[task.name]]):
+                for spared in (other for other in in_use if other != read):
+                    members = [self.tasks[name] for name in state if state[name] == spared]
+                    if all(read in member.scores for member in members):
+                        yield from self._move(state, read, members, lacking)
 
     def _gatherings(self, state: State, lacking: Sequence[Task]) -> Iterator[tuple[str, State]]:
         """All tasks of one kind of input onto one tuple: nothing reads the trunk above its fork any more.
