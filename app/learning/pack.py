@@ -211,9 +211,11 @@ class Search:
         moves = list(possible)  # measured by now, which may have found a better best
         before, passes = self._total_shortfall(state), sum(self.passes(state).values())
 
-        def worth(move: tuple[str, State]) -> tuple[float, float, float]:
+        def worth(move: tuple[str, State]) -> tuple[float, float, float, int]:
+            """Of equal moves the one with the fewest prefixes, which chance had less to choose from."""
             gain, extra = before - self._total_shortfall(move[1]), sum(self.passes(move[1]).values()) - passes
-            return gain / max(extra, _FREE), -extra, self.average(move[1])
+            num_prefixes = sum(len(prefixes_of(read)) for read in set(move[1].values()))
+            return gain / max(extra, _FREE), -extra, self.average(move[1]), -num_prefixes
 
         useful = [m for m in moves if self._is_affordable(m[1]) and before - self._total_shortfall(m[1]) > NEAR]
         return max(useful, key=worth, default=None)
