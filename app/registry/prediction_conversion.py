@@ -6,7 +6,6 @@ Knows neither the log nor what a row says.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
@@ -42,20 +40,17 @@ def convert(
     is killed, and nobody else writes `target` meanwhile. Once it `is_pressing`, or takes long, it gets as much time as
     anybody has. False where `left_s` came to nothing before it was done. Raises OSError.
     """
-    for haste, most_s in (("idle", _MOST_IDLE_S), ("pressing", math.inf)):
-        if haste == "idle" and is_pressing():
-            continue
-        until_s = time.monotonic() + most_s
-        may_go_on = partial(_may_go_on, until_s, is_pressing if haste == "idle" else lambda: False, left_s)
-        if _run(part, [str(target), kind, haste], may_go_on):
-            return True
-        if left_s() <= 0:
-            return False
-    raise AssertionError("what presses has all the time that is left")
+    until_s = time.monotonic() + _MOST_IDLE_S
 
+    def has_time() -> bool:
+        return left_s() > 0
 
-def _may_go_on(until_s: float, is_pressing: Callable[[], bool], left_s: Callable[[], float]) -> bool:
-    return time.monotonic() < until_s and not is_pressing() and left_s() > 0
+    def may_be_idle() -> bool:
+        return time.monotonic() < until_s and not is_pressing() and has_time()
+
+    if may_be_idle() and _run(part, [str(target), kind, "idle"], may_be_idle):
+        return True
+    return has_time() and _run(part, [str(target), kind, "pressing"], has_time)
 
 
 def _run(part: int, arguments: Sequence[str], may_go_on: Callable[[], bool]) -> bool:
