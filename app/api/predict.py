@@ -42,7 +42,7 @@ async def predict(body: PredictRequest, request: Request) -> Response:
         "request_id": request_id,
         "model": runtime.engine.spec.name,
         "generation": prediction.generation,
-        "results": orjson.Fragment(prediction.content),
+        "results": orjson.Fragment(prediction.results_json),
         "usage": prediction.usage,
     }
     return json_response(answer, prediction.timings)

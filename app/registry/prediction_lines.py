@@ -24,10 +24,10 @@ def to_line(row: Row) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def to_json_lines(lines: Iterable[bytes], target: Path) -> None:
+def to_json_lines(rows: Iterable[Row], target: Path) -> None:
     """A line a row. Raises OSError."""
     with target.open("wb") as file:
-        file.writelines(to_line(row) for line in lines for row in rows_of(line))
+        file.writelines(map(to_line, rows))
 
 
 def find_lines(file: BinaryIO, request_id: str) -> list[Row]:

@@ -5,7 +5,7 @@ Knows nothing of where files lie or of how rows come about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from app.registry.prediction_lines import Row, rows_of, to_time
+from app.registry.prediction_lines import Row, to_time
 
 _SPAN = pa.struct(
     [
@@ -59,25 +59,24 @@ _GROUP_ROWS = 10_000
 _DAMAGED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)  # Arrow's own are some of these
 
 
-def to_parquet(lines: Iterable[bytes], target: Path) -> None:
-    """Raises OSError."""
-    rows = (row for line in lines for row in rows_of(line))
+def to_parquet(rows: Iterable[Row], target: Path) -> int:
+    """How many rows it leaves out, which are damaged. Raises OSError."""
+    num_damaged, left = 0, iter(rows)
     with pq.ParquetWriter(target, SCHEMA, compression="zstd") as writer:
         group: list[pa.RecordBatch] = []
-        while batch := _batch(rows):
-            group.append(batch)
+        while taken := list(islice(left, _BATCH_ROWS)):
+            group.append(_batch(taken))
+            num_damaged += len(taken) - group[-1].num_rows
             if len(group) * _BATCH_ROWS >= _GROUP_ROWS:
                 writer.write_table(pa.Table.from_batches(group))
                 group = []
         if group:
             writer.write_table(pa.Table.from_batches(group))
+    return num_damaged
 
 
-def _batch(rows: Iterator[Row]) -> pa.RecordBatch | None:
+def _batch(taken: Sequence[Row]) -> pa.RecordBatch:
     """Without what was damaged."""
-    taken = list(islice(rows, _BATCH_ROWS))
-    if not taken:
-        return None
     try:
         return _for_arrow(taken)
     except _DAMAGED:

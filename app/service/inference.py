@@ -45,7 +45,7 @@ class Limits:
 class Prediction:
     generation: int
     results: list[dict[str, Answer]]  # an input each, by the reference that the caller wrote
-    content: bytes  # the results as JSON
+    results_json: bytes
     usage: Usage
     timings: Timings
 
@@ -131,13 +131,13 @@ class InferenceService:
             results = [_answers(chosen, reading) for chosen, reading in zip(targets, run.readings, strict=True)]
             self._count(targets, results)
             self._observe(snapshot, request_id, targets, run, trace)
-            content = orjson.dumps(results)
+            results_json = orjson.dumps(results)
             usage, timings = run.usage, run.timings
             generation, actor, readings = snapshot.generation, principal.name, run.readings
             self._watch.served(
-                Served(request_id, actor, generation, targets, results, content, readings, usage, timings)
+                Served(request_id, actor, generation, targets, results, results_json, readings, usage, timings)
             )
-            return Prediction(generation, results, content, usage, timings)
+            return Prediction(generation, results, results_json, usage, timings)
 
     async def embed(
         self,

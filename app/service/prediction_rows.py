@@ -82,7 +82,7 @@ def _results(served: Served, has_texts: bool) -> bytes:
     """By reference, for each input. Spans quote the text."""
     answers = (answer for results in served.results for answer in results.values())
     if has_texts or not any(isinstance(answer, SpansAnswer) for answer in answers):
-        return served.content
+        return served.results_json
     return orjson.dumps([{name: _untold(answer) for name, answer in results.items()} for results in served.results])
 
 

@@ -36,7 +36,7 @@ class Served:
     generation: int
     targets: Sequence[Sequence[Target]]  # what was asked for: reference, version, arm
     results: Sequence[Mapping[str, Answer]]  # by reference
-    content: bytes  # the results as JSON
+    results_json: bytes
     readings: Sequence[Reading]  # text, encoding, and outputs by digest; equal texts share one
     usage: Usage
     timings: Timings
@@ -45,7 +45,7 @@ class Served:
     @property
     def memory_bytes(self) -> int:
         """About what its texts, tokens and scores take."""
-        return len(self.content) + sum(map(_memory_bytes, self.readings))
+        return len(self.results_json) + sum(map(_memory_bytes, self.readings))
 
 
 def _memory_bytes(reading: Reading) -> int:

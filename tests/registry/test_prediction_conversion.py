@@ -120,10 +120,14 @@ def test_a_damaged_request_has_no_rows(damage: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_makes_rows_and_passes_over_what_is_damaged(kind: Kind, tmp_path: Path) -> None:
+def test_it_makes_rows_and_tells_how_much_is_damaged(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     lines = to_line(request(1)) + b'{"inputs":\n' + b"7\n" + to_line(request(2))
     with part_of(tmp_path / "part", lines) as part:
         convert(part, tmp_path / "made", kind, never, forever)
+    (told,) = caplog.records
+    assert told.getMessage().startswith("2 damaged lines or rows")
     wanted = [row for number in (1, 2) for row in rows_of(to_line(request(number)))]
     if kind == "jsonl":
         assert [orjson.loads(line) for line in (tmp_path / "made").read_bytes().splitlines()] == wanted
