@@ -1,53 +1,34 @@
 """Which tasks read the bare trunk and which share a branch, so that many of them cost about one pass.
 
-Arrangements are measured on dev and searched greedily. Knows live artifacts, studies and what a plan costs; writes
-nothing but prefixes and notes for its own use.
+Arrangements are searched greedily by their dev scores. Knows what a plan costs, and nothing of how a score comes about.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from app.domain import BackboneSpec, Encoding, InputKind, ProblemType, ReadoutKind, TaskVersion
-from app.engine.artifact import flatten_prefix, read_artifact
-from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
+from app.domain import Encoding, InputKind, TaskVersion
 from app.engine.backbone import Backbone
 from app.engine.plan import make_plan
-from app.engine.tokenizer import TextTokenizer
-from app.learning import writer
-from app.learning.learn import with_enough_steps
-from app.learning.notes import Notes, Trial, key_of
+from app.learning.notes import Notes
+from app.learning.pack_fits import MOST_READOUTS, OTHER_RATES, TRUNK_FITS, Fitter
 from app.learning.pack_tasks import (
     NEAR,
     SHORT_TRUNK,
     TRUNK,
     Limits,
-    Live,
     PrefixTuple,
     Source,
     State,
     Task,
     named,
-    num_virtual_tokens_of,
     prefixes_of,
-    whole_artifact,
 )
-from app.learning.prepare import read_frozen
-from app.learning.recipe import Recipe
-from app.learning.search import passes_of
-from app.learning.study import Fitted, Quiet, Study, Tables, Watcher
+from app.learning.study import Watcher
 
 _SHARED_TRIALS, _MIN_SHARED_TRIALS = 3, 6  # for each task, and at least
 _LAST_TRIALS = 2  # for each task
-_READOUT_STEPS = 900  # over fixed states a step costs next to nothing, and with a third of them emotion lost 8 points
-_LINEAR_RATE = 10.0  # times a readout's: a single layer learns best so
-_NEAR_READOUT = 0.03  # a linear head that is no more than this behind is tried wherever a readout with queries is
-_TRUNK_FITS, _MOST_READOUTS = 5, 2
-_OTHER_RATES = (3.0, 1 / 3)  # times a readout's own, for a task that lacks where it has come to stand
 _REFINED_PLACES = 2  # of a task, on average
 _FREE = 1e-3  # passes that a move is taken to cost at least
 _ENCODING = Encoding((0,), (0,))  # what a plan costs in passes is the same for every text
@@ -69,10 +50,13 @@ class Search:
     watcher: Watcher
     limits: Limits
     notes: Notes
-    fits: int = 0
+    fitter: Fitter = field(init=False)
     trials_left: int = 0  # of tasks on tuples of others' prefixes
     last_trials_left: int = 0  # of tasks that lack nothing on tuples that others read
     refined: set[tuple[str, PrefixTuple]] = field(default_factory=set)  # tasks, learned there at other rates too
+
+    def __post_init__(self) -> None:
+        self.fitter = Fitter(self.backbone, self.watcher, self.notes)
 
     def run(self) -> list[tuple[str, State]]:
         """Every state that the search went through, with what led to it."""
@@ -84,11 +68,11 @@ class Search:
             + self.last_trials_left
             + sum(len(first_layers) + task.live_is_ahead for task in self.tasks.values())
         )
-        alone = (_TRUNK_FITS + len(first_layers)) * len(self.tasks)
-        refinements = _REFINED_PLACES * len(_OTHER_RATES) * len(self.tasks)
-        self.watcher.stage("fits at most", alone + _MOST_READOUTS * trials + refinements)
+        alone = (TRUNK_FITS + len(first_layers)) * len(self.tasks)
+        refinements = _REFINED_PLACES * len(OTHER_RATES) * len(self.tasks)
+        self.watcher.stage("fits at most", alone + MOST_READOUTS * trials + refinements)
         for task in self.tasks.values():
-            self._measure_alone(task, first_layers)
+            self.fitter.alone(task, first_layers)
         states = [("all on the bare trunk", dict.fromkeys(self.tasks, TRUNK))]
         while (move := self._next_move(states[-1][1])) is not None or self._knows_more([state for _, state in states]):
             if move is not None:
@@ -124,78 +108,6 @@ class Search:
         """Of own prefixes, from the cheapest: the last few layers."""
         top = self.backbone.spec.num_layers
         return sorted({5 * top // 6, 2 * top // 3, top // 2}, reverse=True)
-
-    # -- one task alone
-
-    def _measure_alone(self, task: Task, first_layers: Sequence[int]) -> None:
-        """On the bare trunk, with a prefix of its own, and beside what it reads now."""
-        study = self._study(task)
-        self._measure_trunk(task, study)
-        for first_layer in first_layers:
-            if first_layer < task.readout.read_layers[-1]:
-                self._measure_own(task, study, first_layer)
-        if task.live is not None:
-            self._compare_live(task, task.live, study)
-
-    def _measure_trunk(self, task: Task, study: Study) -> None:
-        """Readouts at two pairs of rates, then of all layers and of all but the last; and a linear head, which can be
-        best where rows are few for each label."""
-        base = with_enough_steps(task.bare, len(task.part.train.examples), _READOUT_STEPS)
-        slow = study.completed(base)
-        fast = replace(slow, learning_rate=3 * slow.learning_rate, query_learning_rate=slow.query_learning_rate / 3)
-        layers = tuple(range(1, self.backbone.spec.num_layers + 1))
-        self._prepare(study, [slow, fast], (replace(slow, read_layers=layers),))
-        fits = [self._fit_trunk(task, study, slow, ""), self._fit_trunk(task, study, fast, ", other rates")]
-        better = max(fits, key=_dev).recipe
-        wide = replace(better, read_layers=layers)
-        if wide != better:
-            fits.append(self._fit_trunk(task, study, wide, " of all layers"))
-        best = max(fits, key=_dev)
-        task.readouts = [best.recipe]
-        if len(layers) > 1:
-            short = replace(better, read_layers=layers[:-1])
-            trial = self._fit(task, study, short, f"{named(SHORT_TRUNK)}, {short.readout}")
-            task.note(SHORT_TRUNK, trial.dev, short)
-        if slow.reads.kind.has_queries:
-            rate = _LINEAR_RATE * base.learning_rate
-            linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
-            plain = self._fit_trunk(task, study, study.completed(linear), ", linear")
-            if _dev(plain) >= _dev(best) - _NEAR_READOUT:
-                task.readouts.append(plain.recipe)
-
-    def _fit_trunk(self, task: Task, study: Study, recipe: Recipe, told: str) -> Trial:
-        trial = self._fit(task, study, recipe, f"bare trunk, {recipe.readout}{told}")
-        task.note(TRUNK, trial.dev, recipe)
-        return trial
-
-    def _measure_own(self, task: Task, study: Study, first_layer: int) -> None:
-        """A prefix is trained for as long as its member says, and readouts then fitted on it for longer."""
-        count, bare = num_virtual_tokens_of(task.member), task.bare
-        schedule = replace(task.readout, epochs=bare.epochs, patience=bare.patience)
-        recipe = study.completed(replace(schedule, num_virtual_tokens=count, first_layer=first_layer))
-        key = self._key(study, recipe)
-        path = self.notes.folder / f"prefix-{key}"
-        if whole_artifact(path, self.backbone.spec) is None:
-            self.notes.forget(key)
-        name = f"own prefix from layer {first_layer}"
-        trial = self._fit(task, study, recipe, name, lambda fitted: _write_prefix(path, fitted, self.backbone.spec))
-        source = Source(task.name, path, read_artifact(path, self.backbone.spec).version(0).prefixes, is_live=False)
-        task.sources.append(source)
-        task.own[source] = recipe
-        task.note((source,), trial.dev, recipe)
-        self._fit_readouts(task, (source,), study)
-
-    def _compare_live(self, task: Task, live: Live, study: Study) -> None:
-        """Where it learned from more rows, its prefixes get a new readout from the search's."""
-        read = TRUNK
-        if live.version.prefixes:
-            source = Source(task.name, live.path, live.version.prefixes, is_live=True)
-            task.sources.append(source)
-            read = (source,)
-        if not task.live_is_ahead:
-            task.note(read, live.dev)
-        elif read:
-            self._fit_readouts(task, read, study)
 
     # -- moves
 
@@ -305,7 +217,7 @@ class Search:
                 shortened[task.name] = SHORT_TRUNK
         return shortened if self._is_affordable(shortened) else None
 
-    # -- fits
+    # -- what is measured on the way
 
     def _knows_more(self, states: Sequence[State]) -> bool:
         """Whether more is known now, so that it is worth while to look for moves again."""
@@ -320,7 +232,7 @@ class Search:
             for read in dict.fromkeys(alike):
                 if self.last_trials_left and prefixes_of(read) and read not in task.scores:
                     self.last_trials_left -= 1
-                    self._fit_readouts(task, read, self._study(task))
+                    self.fitter.on(task, read)
                     tried |= bool(task.shortfall(stands, self.limits.tolerance))
         return tried
 
@@ -338,12 +250,8 @@ class Search:
             if (task.name, read) in self.refined or len(self.refined) >= room:
                 continue
             self.refined.add((task.name, read))
-            before, study = task.scores[read], self._study(task)
-            others = [replace(recipe, learning_rate=factor * recipe.learning_rate) for factor in _OTHER_RATES]
-            self._prepare(study, others)
-            for other in others:
-                name = f"{named(read)}, rate {other.learning_rate:.2g}"
-                task.note(read, self._fit(task, study, other, name).dev, other)
+            before = task.scores[read]
+            self.fitter.at_other_rates(task, read, recipe)
             if task.scores[read] > before + NEAR:
                 return True
         return False
@@ -355,50 +263,8 @@ class Search:
         if not self.trials_left:
             return False
         self.trials_left -= 1
-        self._fit_readouts(task, read, self._study(task))
+        self.fitter.on(task, read)
         return True
-
-    def _fit_readouts(self, task: Task, read: PrefixTuple, study: Study) -> None:
-        paths = tuple(source.path for source in read)
-        recipes = [study.completed(replace(readout, prefixes=paths)) for readout in task.readouts]
-        self._prepare(study, recipes)
-        for recipe in recipes:
-            name = named(read) if recipe.readout is task.readout.readout else f"{named(read)}, {recipe.readout}"
-            task.note(read, self._fit(task, study, recipe, name).dev, recipe)
-        study.forget(recipes[0])
-
-    def _prepare(self, study: Study, recipes: Sequence[Recipe], wider: Sequence[Recipe] = ()) -> None:
-        """Unless all of them are known. `wider`: with more layers, at once, since they come next."""
-        if any(self._key(study, recipe) not in self.notes for recipe in recipes):
-            study.prepare([*recipes, *wider])
-
-    def _fit(
-        self, task: Task, study: Study, recipe: Recipe, name: str, keep: Callable[[Fitted], None] | None = None
-    ) -> Trial:
-        """As it is known, or now; `keep` is given what is fitted now."""
-        key = self._key(study, recipe)
-        if key not in self.notes:
-            fitted = study.fit(recipe, lambda *_: None)
-            if fitted.was_interrupted:
-                raise KeyboardInterrupt
-            if keep is not None:
-                keep(fitted)
-            self.notes.add(key, Trial(recipe, fitted.best.dev, fitted.seconds))
-        trial = self.notes.trial(key, recipe)
-        self.fits += 1
-        self.watcher.candidate(f"{task.name}: {name}", passes_of(recipe, self.backbone.spec), trial.dev, trial.seconds)
-        return trial
-
-    def _key(self, study: Study, recipe: Recipe) -> str:
-        return key_of(recipe, made_from(recipe, study.tables, ("train", "dev"), self.backbone.spec))
-
-    def _study(self, task: Task) -> Study:
-        """A new one each time: the states of all tasks would not fit into memory."""
-        return Study(task.part, self.backbone, TextTokenizer(self.backbone.path), Quiet())
-
-
-def _dev(trial: Trial) -> float:
-    return trial.dev
 
 
 def _new_tuples(lacking: Sequence[Task], first_layers: Sequence[int]) -> Iterator[PrefixTuple]:
@@ -418,40 +284,3 @@ def _own_prefixes(tasks: Sequence[Task], first_layer: int) -> PrefixTuple:
 def _shares(read: PrefixTuple, source: Source) -> bool:
     """Whether a prefix would stand in the tuple twice."""
     return bool(set(prefixes_of(read)) & set(source.prefixes))
-
-
-def made_from(recipe: Recipe, tables: Tables, names: Collection[str], spec: BackboneSpec) -> dict[str, Any]:
-    """What a fit depends on beside its recipe: rows of the tables in `names`, the problem, frozen prefixes, model."""
-    rows = {name: [table.sha256, len(table.examples)] for name, table in tables.named.items() if name in names}
-    return {
-        "rows": rows,
-        "problem": [tables.problem_type, *tables.labels],
-        "prefixes": [prefix.digest for prefix in read_frozen(recipe, spec).prefixes],
-        "model": [spec.fingerprint, spec.dtype],
-    }
-
-
-def _write_prefix(path: Path, fitted: Fitted, spec: BackboneSpec) -> None:
-    """A trained prefix alone, as a representation that others can read."""
-    recipe, prefix = fitted.recipe, fitted.model.prefix
-    assert prefix is not None
-    flat = flatten_prefix(prefix.detach().cpu()).to(writer.STORED)
-    entry = {
-        "digest": prefix_digest(flat, recipe.first_layer),
-        "num_virtual_tokens": recipe.num_virtual_tokens,
-        "first_layer": recipe.first_layer,
-    }
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "task": recipe.task,
-        "problem_type": ProblemType.EMBEDDING,
-        "labels": [],
-        "readout": {"kind": ReadoutKind.MEAN, "layers": [spec.num_layers]},
-        "prefixes": [entry],
-        "position_offset": fitted.position_offset,
-        "backbone": {"fingerprint": spec.fingerprint},
-    }
-    shutil.rmtree(path, ignore_errors=True)  # of an earlier run, and broken
-    with writer.new_folder(path, "--work") as folder:
-        writer.write_tensors(folder, {PROMPT: flat})
-        writer.write_manifest(folder, manifest)

@@ -19,7 +19,8 @@ from app.learning import drawing, writer
 from app.learning.drawing import Mark
 from app.learning.learn import Options, learn
 from app.learning.notes import Notes, key_of
-from app.learning.pack import Search, made_from
+from app.learning.pack import Search
+from app.learning.pack_fits import made_from
 from app.learning.pack_tasks import (
     NEAR,
     TRUNK,
@@ -161,7 +162,7 @@ def _described(search: Search, states: Sequence[tuple[str, State]], outcomes: Ma
         "backbone": {"name": spec.name, "fingerprint": spec.fingerprint},
         "tolerance": tolerance,
         "max_passes": search.limits.max_passes,
-        "fits": search.fits,
+        "fits": search.fitter.count,
         "passes": _both_passes(search, outcomes),
         "tasks": {name: _described_task(search.tasks[name], state[name], out) for name, out in outcomes.items()},
         "groups": _described_groups(state, outcomes),

@@ -125,7 +125,7 @@ class Packed:
 def short_trainings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.learning.learn._LEAST_STEPS", 75)
-        patch.setattr("app.learning.pack._READOUT_STEPS", 75)
+        patch.setattr("app.learning.pack_fits._READOUT_STEPS", 75)
         yield
 
 
