@@ -1,4 +1,4 @@
-"""A part of the prediction log gets its last form in a process of its own, with the processor time that is left.
+"""Parts of the prediction log get their last form in a process of its own, with the processor time that is left.
 
 To make rows and Parquet holds an interpreter for milliseconds at a time: in the server's own, every answer would wait.
 Knows neither the log nor what a row says.
@@ -6,17 +6,21 @@ Knows neither the log nor what a row says.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from app.registry.durable import sync
 from app.registry.prediction_lines import Row, rows_of, to_json_lines
@@ -28,87 +32,174 @@ _CODE = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import main;
 _LEAST = 19  # niceness, where there is no class for what only takes idle time
 _POLL_S = 0.25
 _MOST_IDLE_S = 60.0  # where there is no idle time, others must not wait for ever
+_KEPT_S = 60.0  # a process that has nothing to do: to begin one takes as long as to convert some megabytes
 _TOLD_CHARACTERS = 500
+_MESSAGE_BYTES = 65_536  # at most, either way
 
 
-def convert(
-    part: int,
-    target: Path,
-    kind: Literal["jsonl", "parquet"],
-    is_pressing: Callable[[], bool],
-    left_s: Callable[[], float],
-) -> bool:
-    """Writes the rows of `part` into `target`, on its disk when this returns.
-
-    `part`: the descriptor of a file that is locked. The process has it too, so that the lock outlives this one if it
-    is killed, and nobody else writes `target` meanwhile. Once it `is_pressing`, or takes long, it gets as much time as
-    anybody has. False where `left_s` came to nothing before it was done. Raises OSError.
-    """
-    until_s = time.monotonic() + _MOST_IDLE_S
-
-    def has_time() -> bool:
-        return left_s() > 0
-
-    def may_be_idle() -> bool:
-        return time.monotonic() < until_s and not is_pressing() and has_time()
-
-    if may_be_idle() and _run(part, [str(target), kind, "idle"], may_be_idle):
-        return True
-    return has_time() and _run(part, [str(target), kind, "pressing"], has_time)
+class _Haste(StrEnum):
+    IDLE = "idle"
+    PRESSING = "pressing"
 
 
-def _run(part: int, arguments: Sequence[str], may_go_on: Callable[[], bool]) -> bool:
-    """False where it was ended."""
-    os.lseek(part, 0, os.SEEK_SET)
-    command = [sys.executable, "-P", "-c", _CODE, str(_ROOT), *arguments]
-    with subprocess.Popen(
-        command, stdin=part, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-    ) as process:
-        told = _wait(process, may_go_on)
-    if told is None:
-        return False
-    num_damaged, fault = told
-    if process.returncode:
-        last = fault.strip().rpartition("\n")[2][-_TOLD_CHARACTERS:]
-        raise OSError(last or f"the process that makes its rows ended with status {process.returncode}")
-    if num_damaged != "0":
-        logger.warning("%s damaged lines or rows are not in what is made of them: %s", num_damaged, arguments[0])
-    return True
+class Converter:
+    """Keeps its process for the next part. Not for two threads at once."""
 
+    def __init__(self, kind: Literal["jsonl", "parquet"]) -> None:
+        self._kind = kind
+        self._worker: _Worker | None = None
 
-def _wait(process: subprocess.Popen[str], may_go_on: Callable[[], bool]) -> tuple[str, str] | None:
-    """What it says on standard output and error; None where it was ended."""
-    while True:
+    def convert(self, part: int, target: Path, is_pressing: Callable[[], bool], left_s: Callable[[], float]) -> bool:
+        """Writes the rows of `part` into `target`, on its disk when this returns.
+
+        `part`: the descriptor of a file that is locked. The process gets it too, so that the lock outlives this one if
+        it is killed, and nobody else writes `target` meanwhile. Once it `is_pressing`, or takes long, it gets as much
+        time as anybody has. False where `left_s` came to nothing before it was done. Raises OSError.
+        """
+        until_s = time.monotonic() + _MOST_IDLE_S
+
+        def has_time() -> bool:
+            return left_s() > 0
+
+        def may_be_idle() -> bool:
+            return time.monotonic() < until_s and not is_pressing() and has_time()
+
+        if may_be_idle() and self._run(part, target, _Haste.IDLE, may_be_idle):
+            return True
+        return has_time() and self._run(part, target, _Haste.PRESSING, has_time)
+
+    def rest(self) -> None:
+        """Ends a process that has had nothing to do for a while."""
+        worker = self._worker
+        if worker is not None and time.monotonic() - worker.used_s > _KEPT_S:
+            self.close()
+
+    def close(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end()
+
+    def _run(self, part: int, target: Path, haste: _Haste, may_go_on: Callable[[], bool]) -> bool:
+        """False where it was ended."""
         try:
-            return process.communicate(timeout=_POLL_S)
-        except subprocess.TimeoutExpired:
-            if not may_go_on():
-                process.kill()
-                return None
+            answer = self._worker_for(haste).run(part, target, self._kind, may_go_on)
+        except OSError:
+            self.close()
+            raise
+        if answer is None:
+            self.close()
+            return False
+        if answer.fault is not None:
+            raise OSError(answer.fault)
+        if answer.num_damaged:
+            told = "%d damaged lines or rows are not in what is made of them: %s"
+            logger.warning(told, answer.num_damaged, target)
+        return True
+
+    def _worker_for(self, haste: _Haste) -> _Worker:
+        worker = self._worker
+        if worker is None or worker.haste is not haste or not worker.is_alive():
+            self.close()
+            worker = self._worker = _Worker(haste)
+        return worker
 
 
-def main(target: str, kind: str, haste: str) -> int:
-    """In the other process: standard input is the part, and how much of it is damaged is told on standard output.
+class _Answer(NamedTuple):
+    num_damaged: int = 0
+    fault: str | None = None
 
-    Whoever stops the server leaves this to the server.
+
+class _Worker:
+    """The process, as the server sees it. It ends with the server at the latest."""
+
+    def __init__(self, haste: _Haste) -> None:
+        self.haste, self.used_s = haste, time.monotonic()
+        command = [sys.executable, "-P", "-c", _CODE, str(_ROOT), haste]
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                )
+        except OSError:
+            ours.close()
+            raise
+        ours.settimeout(_POLL_S)
+        self._socket, self._process = ours, process
+        self.end = weakref.finalize(self, _end, process, ours)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def run(self, part: int, target: Path, kind: str, may_go_on: Callable[[], bool]) -> _Answer | None:
+        """None where it may not go on. Raises OSError where the process ends by itself."""
+        os.lseek(part, 0, os.SEEK_SET)
+        with suppress(ConnectionError):  # it has ended, and says why below
+            socket.send_fds(self._socket, [json.dumps([str(target), kind]).encode()], [part])
+        told = self._hear(may_go_on)
+        self.used_s = time.monotonic()
+        if told is None:
+            return None
+        if not told:
+            raise OSError(self._last_words())
+        return _Answer(*json.loads(told))
+
+    def _hear(self, may_go_on: Callable[[], bool]) -> bytes | None:
+        while True:
+            try:
+                return self._socket.recv(_MESSAGE_BYTES)
+            except TimeoutError:
+                if not may_go_on():
+                    return None
+            except ConnectionError:
+                return b""
+
+    def _last_words(self) -> str:
+        assert self._process.stderr is not None
+        last = self._process.stderr.read().decode("utf-8", "replace").strip().rpartition("\n")[2][-_TOLD_CHARACTERS:]
+        return last or f"the process that makes its rows ended with status {self._process.wait()}"
+
+
+def _end(process: subprocess.Popen[bytes], ours: socket.socket) -> None:
+    with ours, process:  # which waits until it has ended
+        process.kill()
+
+
+# -- in the other process ----------------------------------------------------------------------------------------------
+
+
+def main(haste: str) -> int:
+    """Standard input is the server: each of its messages is a target and its kind, and comes with the part.
+
+    The answer is how much of the part is damaged, and a fault if there is one. Whoever stops the server leaves this to
+    the server.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.umask(0o077)  # until the server gives the file its mode
-    if haste == "idle":
+    if haste == _Haste.IDLE:
         _step_back()
+    with socket.socket(fileno=sys.stdin.fileno()) as server:
+        while True:
+            asked, parts, _, _ = socket.recv_fds(server, _MESSAGE_BYTES, 1)
+            if not parts:  # the server has gone
+                return 0
+            with os.fdopen(parts[0], "rb") as part:
+                answer = _answer(part, *json.loads(asked))
+            server.sendall(json.dumps(answer).encode())
+
+
+def _answer(part: Iterable[bytes], target: str, kind: str) -> _Answer:
+    rows, num_left_out = _Rows(part), 0
     try:
-        rows, num_left_out = _Rows(sys.stdin.buffer), 0
         if kind == "jsonl":
             to_json_lines(rows, Path(target))
         else:
             num_left_out = import_module("app.registry.prediction_parquet").to_parquet(rows, Path(target))
         sync(Path(target))
     except OSError as error:
-        sys.stderr.write(error.strerror or str(error))
-        return 1
-    sys.stdout.write(str(rows.num_damaged + num_left_out))
-    return 0
+        return _Answer(fault=error.strerror or str(error))
+    return _Answer(rows.num_damaged + num_left_out)
 
 
 class _Rows:

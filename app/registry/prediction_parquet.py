@@ -72,6 +72,7 @@ def to_parquet(rows: Iterable[Row], target: Path) -> int:
                 group = []
         if group:
             writer.write_table(pa.Table.from_batches(group))
+    pa.default_memory_pool().release_unused()
     return num_damaged
 
 

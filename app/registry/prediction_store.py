@@ -29,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from app.errors import SettingsError, UnavailableError
 from app.registry.durable import sync, write_durably
 from app.registry.places import open_place, reaching, without_user
-from app.registry.prediction_conversion import convert
+from app.registry.prediction_conversion import Converter
 from app.registry.prediction_lines import Row, find_lines, time_of
 from app.registry.prediction_parts import PartName, create_locked, left_alone
 
@@ -86,6 +86,7 @@ class PredictionStore:
         self.url, self._secret_url = without_user(url), url
         self._fs, self._root = open_place(url, "predictions")
         self._kind, self._limit_bytes, self._limit_s = kind, limit_bytes, limit_s
+        self._converter = Converter(kind)
         self._is_local = isinstance(self._fs, LocalFileSystem)
         waiting = home / "prediction-log"
         self.folder = Path(self._root) if self._is_local else waiting  # where parts are written
@@ -108,6 +109,7 @@ class PredictionStore:
         `left_s`: how long this may take still, where the server stops. One part that cannot be finished holds up no
         other, and is told of once. Raises UnavailableError where none can.
         """
+        self._converter.rest()
         num_finished, failed = 0, list[tuple[_File, UnavailableError]]()
         for file in self._due():
             if left_s() <= 0:
@@ -156,7 +158,7 @@ class PredictionStore:
             self._sweep(file.name)
             converted = path.with_name(f".{name}.partial")
             try:
-                if not convert(part, converted, self._kind, partial(self._is_pressing, left_s), left_s):
+                if not self._converter.convert(part, converted, partial(self._is_pressing, left_s), left_s):
                     return False
                 converted.chmod(path.stat().st_mode & 0o777)
                 self._put(converted, name)

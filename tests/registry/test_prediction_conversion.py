@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app.registry import prediction_conversion
-from app.registry.prediction_conversion import convert
+from app.registry.prediction_conversion import Converter
 from app.registry.prediction_lines import Row, rows_of, to_line
 from app.registry.prediction_parts import PartName, PartWriter, left_alone
 from app.registry.prediction_store import PredictionStore
@@ -52,6 +53,14 @@ def part_of(path: Path, lines: bytes) -> Iterator[int]:
     with left_alone(path) as part:
         assert part is not None
         yield part
+
+
+def convert(part: int, target: Path, kind: Kind, is_pressing: Callable[[], bool], left_s: Callable[[], float]) -> bool:
+    converter = Converter(kind)
+    try:
+        return converter.convert(part, target, is_pressing, left_s)
+    finally:
+        converter.close()
 
 
 def never() -> bool:
@@ -183,6 +192,94 @@ def test_what_takes_too_long_at_the_end_is_left_for_later(tmp_path: Path) -> Non
     with part_of(tmp_path / "part", MANY) as part:
         assert not convert(part, tmp_path / "made", "parquet", never, left_s)
     assert begun and not conversions()
+
+
+@pytest.fixture
+def converter() -> Iterator[Converter]:
+    made = Converter("parquet")
+    yield made
+    made.close()
+
+
+def convert_one(converter: Converter, folder: Path, is_pressing: Callable[[], bool] = never) -> int:
+    """By which process."""
+    with part_of(folder / "part", to_line(request())) as part:
+        assert converter.convert(part, folder / "made", is_pressing, forever)
+    assert pq.read_metadata(folder / "made").num_rows == 4
+    (child,) = conversions()
+    return child
+
+
+def test_the_process_is_kept_for_the_next_part_in_the_same_haste(converter: Converter, tmp_path: Path) -> None:
+    first = convert_one(converter, tmp_path)
+    assert convert_one(converter, tmp_path) == first
+    pressed = convert_one(converter, tmp_path, lambda: True)
+    assert pressed != first and os.sched_getscheduler(pressed) == os.SCHED_OTHER
+    assert convert_one(converter, tmp_path, lambda: True) == pressed
+    assert os.sched_getscheduler(convert_one(converter, tmp_path)) == os.SCHED_IDLE
+
+
+def test_a_process_with_nothing_to_do_goes(
+    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter.rest()
+    convert_one(converter, tmp_path)
+    converter.rest()
+    assert len(conversions()) == 1
+    monkeypatch.setattr(prediction_conversion, "_KEPT_S", 0.0)
+    converter.rest()
+    assert not conversions()
+    monkeypatch.undo()
+    convert_one(converter, tmp_path)
+
+
+def test_of_a_kept_process_that_was_killed_the_next_part_knows_nothing(converter: Converter, tmp_path: Path) -> None:
+    first = convert_one(converter, tmp_path)
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    assert convert_one(converter, tmp_path) != first
+
+
+def test_one_that_is_killed_at_its_work_is_told_and_the_next_try_has_another(
+    converter: Converter, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> float:
+        for child in conversions() if not killed else ():
+            os.kill(child, signal.SIGKILL)
+            killed.append(child)
+        return math.inf
+
+    with part_of(tmp_path / "part", MANY) as part, pytest.raises(OSError, match="ended with status -9"):
+        converter.convert(part, tmp_path / "made", never, kill)
+    assert killed and not conversions()
+    convert_one(converter, tmp_path)
+
+
+def test_what_ends_it_is_told_in_its_own_words(
+    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_conversion, "_CODE", "raise MemoryError('too much')")
+    with part_of(tmp_path / "part", to_line(request())) as part, pytest.raises(OSError, match="MemoryError: too much"):
+        converter.convert(part, tmp_path / "made", never, forever)
+    monkeypatch.undo()
+    convert_one(converter, tmp_path)
+
+
+def test_it_lets_go_of_a_part_that_it_is_done_with(converter: Converter, tmp_path: Path) -> None:
+    convert_one(converter, tmp_path)
+    assert conversions()
+    with left_alone(tmp_path / "part") as part:
+        assert part is not None
+
+
+def test_one_that_nobody_closes_ends_with_who_made_it(tmp_path: Path) -> None:
+    converter = Converter("parquet")
+    convert_one(converter, tmp_path)
+    del converter
+    gc.collect()
+    assert not conversions()
 
 
 def test_nobody_else_can_read_what_is_half_made(tmp_path: Path) -> None:
