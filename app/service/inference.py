@@ -135,7 +135,9 @@ class InferenceService:
             usage, timings = run.usage, run.timings
             generation, actor, readings = snapshot.generation, principal.name, run.readings
             self._watch.served(
-                Served(request_id, actor, generation, targets, results, results_json, readings, usage, timings)
+                Served(
+                    request_id, actor, generation, targets, results, results_json, readings, usage, timings, time.time()
+                )
             )
             return Prediction(generation, results, results_json, usage, timings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import orjson
 
@@ -37,28 +37,28 @@ def to_line(served: Served, has_texts: bool) -> bytes:
 
     Rows are made of it later, in another process: here each takes processor time from those who answer.
     """
-    request = _pairs(
-        {
-            "time": _time(served.at_s),
-            "request_id": served.request_id,
-            "actor": served.actor,
-            "generation": served.generation,
-            "request_passes": served.usage.passes,
-            "inference_ms": to_ms(served.timings.inference_s),
-        }
-    )
-    inputs = b",".join(map(partial(_input, has_texts), served.targets, served.readings))
-    return b'{%b,"inputs":[%b],"results":%b}\n' % (request, inputs, _results(served, has_texts))
+    asked = zip(served.targets, served.readings, strict=True)
+    row: Row = {
+        "time": _time(served.at_s),
+        "request_id": served.request_id,
+        "actor": served.actor,
+        "generation": served.generation,
+        "request_passes": served.usage.passes,
+        "inference_ms": to_ms(served.timings.inference_s),
+        "inputs": [_input(targets, reading, has_texts) for targets, reading in asked],
+        "results": _results(served, has_texts),
+    }
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _input(has_texts: bool, targets: Sequence[Target], reading: Reading) -> bytes:
-    told = b",".join([_target_in(target, reading) for target in targets])
-    return b'{%b,"targets":[%b]}' % (_pairs(_read(reading, has_texts)), told)
-
-
-def _read(reading: Reading, has_texts: bool) -> Row:
+def _input(targets: Sequence[Target], reading: Reading, has_texts: bool) -> Row:
     encoding, text = reading.encoded, reading.text
-    row: Row = {"text_sha256": text.sha256, "tokens": len(encoding), "truncated": encoding.truncated}
+    row: Row = {
+        "text_sha256": text.sha256,
+        "tokens": len(encoding),
+        "truncated": encoding.truncated,
+        "targets": [_told(target, target.version.digest in reading.cached) for target in targets],
+    }
     if has_texts:
         row["text"] = _clean(text.text)
         if text.text_pair is not None:
@@ -66,35 +66,29 @@ def _read(reading: Reading, has_texts: bool) -> Row:
     return row
 
 
-def _target_in(target: Target, reading: Reading) -> bytes:
+def _told(target: Target, is_cached: bool) -> orjson.Fragment:
     version = target.version
-    is_cached = version.digest in reading.cached
     return _target(target.reference, version.task, version.version, version.digest, target.arm, is_cached)
 
 
 @lru_cache(maxsize=1024)
-def _target(reference: str, task: str, version: int, digest: str, arm: Arm, is_cached: bool) -> bytes:
+def _target(reference: str, task: str, version: int, digest: str, arm: Arm, is_cached: bool) -> orjson.Fragment:
     told = {"reference": reference, "task": task, "version": version, "digest": digest, "arm": arm, "cached": is_cached}
-    return orjson.dumps(told)
+    return orjson.Fragment(orjson.dumps(told))
 
 
-def _results(served: Served, has_texts: bool) -> bytes:
+def _results(served: Served, has_texts: bool) -> orjson.Fragment | list[Row]:
     """By reference, for each input. Spans quote the text."""
-    answers = (answer for results in served.results for answer in results.values())
-    if has_texts or not any(isinstance(answer, SpansAnswer) for answer in answers):
-        return served.results_json
-    return orjson.dumps([{name: _untold(answer) for name, answer in results.items()} for results in served.results])
+    kinds = {type(answer) for results in served.results for answer in results.values()}
+    if has_texts or SpansAnswer not in kinds:
+        return orjson.Fragment(served.results_json)
+    return [{name: _untold(answer) for name, answer in results.items()} for results in served.results]
 
 
 def _untold(answer: Answer) -> Answer | Row:
     if not isinstance(answer, SpansAnswer):
         return answer
     return {"spans": [{"label": s.label, "start": s.start, "end": s.end, "score": s.score} for s in answer.spans]}
-
-
-def _pairs(row: Row) -> bytes:
-    """Without the braces around them."""
-    return orjson.dumps(row)[1:-1]
 
 
 def _time(at_s: float) -> str:

@@ -6,11 +6,9 @@ Knows nothing of what watchers do with it.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from app.service.answers import Answer
 from app.service.dispatch import Reading
@@ -27,8 +25,7 @@ _SCORE_BYTES = 32  # a number, and its place in a tuple
 _EVERY_S = 0.5
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Served:
+class Served(NamedTuple):
     """One request that was answered. The sequences have an entry for each of its inputs."""
 
     request_id: str
@@ -40,19 +37,19 @@ class Served:
     readings: Sequence[Reading]  # text, encoding, and outputs by digest; equal texts share one
     usage: Usage
     timings: Timings
-    at_s: float = field(default_factory=time.time)
+    at_s: float  # seconds since the epoch
 
     @property
     def memory_bytes(self) -> int:
         """About what its texts, tokens and scores take."""
-        return len(self.results_json) + sum(map(_memory_bytes, self.readings))
-
-
-def _memory_bytes(reading: Reading) -> int:
-    text, encoding = reading.text, reading.encoding
-    tokens = 0 if encoding is None else len(encoding)
-    scores = sum([len(output.scores) for output in reading.outputs.values()])
-    return len(text.text) + len(text.text_pair or "") + _TOKEN_BYTES * tokens + _SCORE_BYTES * scores
+        size_bytes = len(self.results_json)
+        for reading in self.readings:
+            text, encoding = reading.text, reading.encoding
+            size_bytes += len(text.text) + len(text.text_pair or "")
+            size_bytes += _TOKEN_BYTES * (0 if encoding is None else len(encoding))
+            for output in reading.outputs.values():
+                size_bytes += _SCORE_BYTES * len(output.scores)
+        return size_bytes
 
 
 class Watcher(Protocol):

@@ -7,16 +7,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2 as otlp
 
 from app.telemetry.tracing import Attribute, Caller
-
-if TYPE_CHECKING:
-    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 _LONGEST_STATE = 512  # characters; of a longer one nothing is kept
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}")
@@ -82,7 +80,7 @@ def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
     unix_ns = time.time_ns() - time.monotonic_ns()
     request = ExportTraceServiceRequest()
     of = request.resource_spans.add()
-    _put(of.resource.attributes, resource)
+    of.resource.attributes.extend([_pair(name, value) for name, value in resource.items()])
     scoped = of.scope_spans.add()
     scoped.scope.name = _SCOPE
     for span in spans:
@@ -102,7 +100,7 @@ def _fill(made: otlp.Span, span: Span, unix_ns: int) -> None:
         made.trace_state = context.state
     if parent is not None:
         made.parent_span_id = parent.span_id
-    _put(made.attributes, span.attributes)
+    _put(made, span.attributes)
     for link in span.links:
         made.links.add(trace_id=link.trace_id, span_id=link.span_id, trace_state=link.state, flags=_flags(link))
     if span.fault is not None:
@@ -113,11 +111,22 @@ def _flags(other: Context | None) -> int:
     return _KNOWS_IF_REMOTE | (_IS_REMOTE if other is not None and other.is_remote else 0)
 
 
-def _put(place: RepeatedCompositeFieldContainer[KeyValue], attributes: Mapping[str, Attribute]) -> None:
-    for name, value in attributes.items():
-        pair = place.add()
-        pair.key = name
-        _set(pair.value, value)
+def _put(made: otlp.Span, attributes: Mapping[str, Attribute]) -> None:
+    """Serialized messages end to end are one with all of their fields, which takes half the time of adding each."""
+    items = [(name, v if isinstance(v, str | int | float) else tuple(v)) for name, v in attributes.items()]
+    made.MergeFromString(b"".join([_attribute(*item) for item in items]))
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _attribute(name: str, value: str | int | float | tuple[str, ...]) -> bytes:
+    """A span of nothing else, serialized: most of what is said of a request was said of the one before."""
+    return bytes(otlp.Span(attributes=[_pair(name, value)]).SerializeToString())
+
+
+def _pair(name: str, value: Attribute) -> KeyValue:
+    pair = KeyValue(key=name)
+    _set(pair.value, value)
+    return pair
 
 
 def _set(made: AnyValue, value: Attribute) -> None:

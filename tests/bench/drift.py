@@ -102,7 +102,9 @@ class Watched:
         self._watcher = DriftWatcher(lambda: snapshot, unknown_id, size, SavedWindows(home / "windows"), Metrics())
 
     def see(self, readings: Sequence[Reading]) -> Sequence[Drift]:
-        self._watcher.take_in([Served("", "", 1, [], [], b"[]", readings, Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0))])
+        self._watcher.take_in(
+            [Served("", "", 1, [], [], b"[]", readings, Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0), 0.0)]
+        )
         self._watcher.compare_all()
         (found,) = self._watcher.drift_of(self._task)
         return found.kinds

@@ -46,7 +46,7 @@ def served(version: TaskVersion, outputs: Sequence[TaskOutput]) -> Served:
     (encoding,) = FakeTokenizer().encode_each([TextInput("one two three")], [99], [False], True)
     assert not isinstance(encoding, str)
     readings = [Reading(0, TextInput("…"), (), (version,), encoding, {version.digest: output}) for output in outputs]
-    return Served("r", "shop", 1, [], [], b"[]", readings, Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0))
+    return Served("r", "shop", 1, [], [], b"[]", readings, Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0), 0.0)
 
 
 def said(count: int, spam: float = 0.95) -> list[TaskOutput]:

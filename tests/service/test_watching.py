@@ -37,7 +37,7 @@ class Kept:
 
 def request(name: str, *texts: TextInput) -> Served:
     readings = [Reading(number, text, (), ()) for number, text in enumerate(texts)]
-    return Served(name, "shop", 1, [], [], b"[]", readings, Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0))
+    return Served(name, "shop", 1, [], [], b"[]", readings, Usage(0, 0, 0.0, 0), Timings(0.0, 0.0, 0.0), 0.0)
 
 
 def never(requests: int) -> None:
