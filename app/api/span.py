@@ -18,7 +18,8 @@ def describe(scope: Scope, status: int | None, error: Exception | None) -> Descr
 
     As the conventions say, a caller's mistake is no error of this span.
     """
-    is_ours = status is not None and (status >= 500 or not isinstance(error, ManifoldError | None))
+    is_expected = error is None or isinstance(error, ManifoldError)
+    is_ours = status is not None and (status >= 500 or not is_expected)
     attributes = _http(scope) | _of_manifold(scope)
     if status is None:
         attributes["error.type"] = _GONE
@@ -55,7 +56,7 @@ def _method(scope: Scope) -> str:
 def _of_manifold(scope: Scope) -> dict[str, Attribute]:
     said = scope["state"].get("said")
     attributes: dict[str, Attribute] = {"manifold.request_id": scope["state"]["request_id"]}
-    if isinstance(said, Prediction | Embeddings):
+    if isinstance(said, (Prediction, Embeddings)):
         attributes |= {
             "manifold.generation": said.generation,
             "manifold.tokens": said.usage.tokens,
@@ -64,7 +65,7 @@ def _of_manifold(scope: Scope) -> dict[str, Attribute]:
             "manifold.cached": said.usage.cached,
         }
     if isinstance(said, Prediction):
-        attributes["manifold.versions"] = [f"{name}: {version}" for name, version in versions(said).items()]
+        attributes["manifold.versions"] = tuple([f"{name}: {version}" for name, version in versions(said).items()])
     return attributes
 
 

@@ -51,7 +51,7 @@ class Outlet:
         """
         self._dropped = dropped
         self._most_waiting = most_waiting
-        self._waiting: deque[Sequence[Span]] = deque()
+        self._waiting: deque[Span] = deque()
         self._num_waiting = 0
         self._lock = threading.Lock()
         self._has_many, self._closing = threading.Event(), threading.Event()
@@ -59,15 +59,16 @@ class Outlet:
         self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
         self._thread.start()
 
-    def send(self, spans: Sequence[Span]) -> None:
-        """All of them or none: half a trace misleads."""
+    def send(self, span: Span) -> None:
+        """With its stages, or not at all: half of it misleads."""
+        count = span.count
         with self._lock:
-            has_room = self._num_waiting + len(spans) <= self._most_waiting
+            has_room = self._num_waiting + count <= self._most_waiting
             if has_room:
-                self._num_waiting += len(spans)
-                self._waiting.append(spans)
+                self._num_waiting += count
+                self._waiting.append(span)
         if not has_room:
-            self._dropped(len(spans))
+            self._dropped(count)
         elif self._num_waiting >= _BATCH_SPANS and not self._has_many.is_set():
             self._has_many.set()
 
@@ -94,11 +95,12 @@ class Outlet:
             self._post.send(taken)
 
     def _take(self) -> list[Span]:
-        taken: list[Span] = []
+        taken, count = list[Span](), 0
         with self._lock:
-            while self._waiting and (not taken or len(taken) + len(self._waiting[0]) <= _BATCH_SPANS):
-                taken += self._waiting.popleft()
-            self._num_waiting -= len(taken)
+            while self._waiting and (not taken or count + self._waiting[0].count <= _BATCH_SPANS):
+                taken.append(self._waiting.popleft())
+                count += taken[-1].count
+            self._num_waiting -= count
         return taken
 
 
@@ -130,7 +132,7 @@ class _Post:
         try:
             self._deliver(encode(spans, self._resource))
         except Exception as error:  # whatever it is: these are lost, and the next may arrive
-            self._lost(len(spans), str(error) or type(error).__name__)
+            self._lost(sum(span.count for span in spans), str(error) or type(error).__name__)
 
     def close(self) -> None:
         self._client.close()

@@ -57,6 +57,9 @@ def _new_id(size: int) -> bytes:
     return (random.getrandbits(8 * size) or 1).to_bytes(size, "big")
 
 
+Stage = tuple[str, float, float]  # its name, and when it began and ended
+
+
 @dataclass(slots=True, eq=False)
 class Span:
     """Moments are on time.monotonic()."""
@@ -70,9 +73,12 @@ class Span:
     links: Sequence[Context] = ()
     fault: str | None = None  # why it failed, where it did
     is_request: bool = False  # that came from outside
+    stages: Sequence[Stage] = ()  # each is sent as a span of its own, below this one
 
-    def part(self, name: str, began_s: float, ended_s: float) -> Span:
-        return Span(name, Context.below(self.context), self.context, began_s, ended_s)
+    @property
+    def count(self) -> int:
+        """As how many spans it is sent."""
+        return 1 + len(self.stages)
 
 
 def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
@@ -85,6 +91,18 @@ def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
     scoped.scope.name = _SCOPE
     for span in spans:
         _fill(scoped.spans.add(), span, unix_ns)
+        for name, began_s, ended_s in span.stages:
+            scoped.spans.add(
+                trace_id=span.context.trace_id,
+                span_id=_new_id(8),
+                parent_span_id=span.context.span_id,
+                trace_state=span.context.state,
+                name=name,
+                kind=otlp.Span.SPAN_KIND_INTERNAL,
+                start_time_unix_nano=unix_ns + round(began_s * 1e9),
+                end_time_unix_nano=unix_ns + round(ended_s * 1e9),
+                flags=_SAMPLED | _KNOWS_IF_REMOTE,
+            )
     return bytes(request.SerializeToString())
 
 
@@ -113,12 +131,11 @@ def _flags(other: Context | None) -> int:
 
 def _put(made: otlp.Span, attributes: Mapping[str, Attribute]) -> None:
     """Serialized messages end to end are one with all of their fields, which takes half the time of adding each."""
-    items = [(name, v if isinstance(v, str | int | float) else tuple(v)) for name, v in attributes.items()]
-    made.MergeFromString(b"".join([_attribute(*item) for item in items]))
+    made.MergeFromString(b"".join([_attribute(name, value) for name, value in attributes.items()]))
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _attribute(name: str, value: str | int | float | tuple[str, ...]) -> bytes:
+def _attribute(name: str, value: Attribute) -> bytes:
     """A span of nothing else, serialized: most of what is said of a request was said of the one before."""
     return bytes(otlp.Span(attributes=[_pair(name, value)]).SerializeToString())
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from app.telemetry.batch import Batch
 from app.telemetry.outlet import Outlet
-from app.telemetry.spans import Context, Span
+from app.telemetry.spans import Context, Span, Stage
 from app.telemetry.tracing import Attribute, Caller, Description, Trace, Tracing
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Traces(Tracing):
         if not is_sampled:
             return _Unrecorded({} if caller is None else {"trace_id": caller.trace_id})
         parent = None if caller is None else Context.of(caller)
-        return _Recorded(self, Context.below(parent), parent)
+        return _Recorded(self._outlet, Context.below(parent), parent)
 
     def ran(self, report: Batch) -> None:
         contexts = [context for context in report.contexts if isinstance(context, Context)]
@@ -57,16 +57,17 @@ class Traces(Tracing):
             "manifold.tokens": report.tokens,
             "manifold.passes": report.passes,
         }
-        batch = Span("batch", Context.below(None), None, report.began_s, report.ended_s, attributes, contexts)
         collated_s = report.began_s + report.collate_s
         heads_s = max(collated_s, report.ended_s - report.heads_s)
         forward_s = max(collated_s, heads_s - report.forward_s)  # a CUDA device may begin later than it is asked to
-        self.send(
-            batch,
-            batch.part("collate", report.began_s, collated_s),
-            batch.part("forward", forward_s, heads_s),
-            batch.part("heads", heads_s, report.ended_s),
+        stages = (
+            ("collate", report.began_s, collated_s),
+            ("forward", forward_s, heads_s),
+            ("heads", heads_s, report.ended_s),
         )
+        batch = Span("batch", Context.below(None), None, report.began_s, report.ended_s, attributes, contexts)
+        batch.stages = stages
+        self._outlet.send(batch)
 
     @contextmanager
     def change(self, name: str) -> Iterator[dict[str, Attribute]]:
@@ -90,9 +91,6 @@ class Traces(Tracing):
     def close(self) -> None:
         self._outlet.close()
 
-    def send(self, *spans: Span) -> None:
-        self._outlet.send(spans)
-
     @contextmanager
     def _open(self, span: Span) -> Iterator[dict[str, Attribute]]:
         before = _place.set(_Place(span.context))
@@ -106,7 +104,7 @@ class Traces(Tracing):
         finally:
             _place.reset(before)
             span.attributes, span.ended_s = told, time.monotonic()
-            self.send(span)
+            self._outlet.send(span)
 
 
 class _Unrecorded(Trace):
@@ -123,12 +121,12 @@ class _Unrecorded(Trace):
 class _Recorded(_Unrecorded):
     """A request: its span, and those of the stages that it went through."""
 
-    def __init__(self, traces: Traces, context: Context, parent: Context | None) -> None:
+    def __init__(self, outlet: Outlet, context: Context, parent: Context | None) -> None:
         ids = {"trace_id": context.trace_id.hex(), "span_id": context.span_id.hex()}
         super().__init__(ids, _Place(context))
-        self._traces = traces
+        self._outlet = outlet
         self._span = Span("", context, parent, is_request=True)
-        self._stages: list[tuple[str, float, float]] = []
+        self._stages: list[Stage] = []
 
     @property
     def context(self) -> object | None:
@@ -147,5 +145,5 @@ class _Recorded(_Unrecorded):
     def _end(self, said: Description) -> None:
         span = self._span
         span.ended_s = time.monotonic()
-        span.name, span.attributes, span.fault = said.name, said.attributes, said.fault
-        self._traces.send(span, *(span.part(*stage) for stage in self._stages))
+        span.name, span.attributes, span.fault, span.stages = said.name, said.attributes, said.fault, self._stages
+        self._outlet.send(span)

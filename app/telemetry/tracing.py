@@ -6,13 +6,13 @@ Knows the header `traceparent`, and nothing of OpenTelemetry.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from app.telemetry.batch import Batch
 
-Attribute = str | int | float | bool | Sequence[str]
+Attribute = str | int | float | bool | tuple[str, ...]
 
 _TRACEPARENT = re.compile(
     r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<span>[0-9a-f]{16})"

@@ -30,8 +30,8 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 RESOURCE = {"service.name": "tested"}
 
 
-def spans(*names: str) -> list[Span]:
-    return [Span(name, Context.below(None), None, 1.0, 2.0) for name in names]
+def spans(name: str, *stages: str) -> Span:
+    return Span(name, Context.below(None), None, 1.0, 2.0, stages=[(stage, 1.0, 2.0) for stage in stages])
 
 
 def test_an_endpoint_is_for_all_signals_or_names_this_one() -> None:
@@ -97,9 +97,9 @@ def test_a_receiver_that_is_busy_is_asked_again(receiver: Receiver) -> None:
 def test_a_number_that_otlp_has_not_is_sent_as_text(receiver: Receiver) -> None:
     lost: list[int] = []
     outlet = Outlet(receiver.endpoint, RESOURCE, lost.append)
-    (odd,) = spans("odd")
+    odd = spans("odd")
     odd.attributes = {"large": 2**70, "small": -(2**63)}
-    outlet.send([odd])
+    outlet.send(odd)
     receiver.wait_for("odd")
     outlet.close()
     (sent,) = receiver.named("odd")
