@@ -17,6 +17,7 @@ from app.engine.tokenizer import TextTokenizer
 from app.learning import experiment_report
 from app.learning.cache import MAX_BYTES
 from app.learning.experiment import Experiment, Sets, header
+from app.learning.experiment_numbers import Story
 from app.learning.experiment_plan import (
     ALL,
     FULL,
@@ -156,10 +157,8 @@ def _experiment(args: argparse.Namespace, plan: Plan, sets: Sets, backbone: Back
     return Experiment(plan, sets, backbone, TextTokenizer(backbone.path), ledger, work)
 
 
-def _story(
-    args: argparse.Namespace, plan: Plan, sets: Sets, results: Results, backbone: Backbone
-) -> experiment_report.Story:
-    return experiment_report.Story(
+def _story(args: argparse.Namespace, plan: Plan, sets: Sets, results: Results, backbone: Backbone) -> Story:
+    return Story(
         plan=plan,
         found=results.found,
         tables=sets.whole,

@@ -18,6 +18,7 @@ from app.engine.tokenizer import TextTokenizer
 from app.errors import DataError, SettingsError
 from app.learning import experiment_command, experiment_report
 from app.learning.experiment import Experiment, Sets, header
+from app.learning.experiment_numbers import Story
 from app.learning.experiment_plan import (
     ALL,
     CEILING,
@@ -184,8 +185,8 @@ def test_targets_are_fine_tuned_from_few_examples_too(finished: tuple[Run, Resul
     assert few.score != every.score
 
 
-def story(run: Run, results: Results) -> experiment_report.Story:
-    return experiment_report.Story(
+def story(run: Run, results: Results) -> Story:
+    return Story(
         plan=run.plan,
         found=results.found,
         tables=run.sets.whole,
@@ -244,9 +245,7 @@ def test_no_claim_is_made_that_the_numbers_do_not_carry(
     plan, found = invented(score, seeds)
     sets = Sets(plan, data)
     page = experiment_report.page(
-        experiment_report.Story(
-            plan, found, sets.whole, sets.shared_texts(), "manifold experiment", "a machine", "tiny"
-        )
+        Story(plan, found, sets.whole, sets.shared_texts(), "manifold experiment", "a machine", "tiny")
     )
     claim = next(line for line in page.splitlines() if line.startswith("**The combination beats the bare trunk.**"))
     assert summary in claim
@@ -264,7 +263,7 @@ def test_a_prefix_that_is_badly_trained_is_told(
     plan, found = invented(lambda cell: scores.get(cell.representation, 0.5))
     plan, sets = replace(plan, source_rows=100), Sets(plan, data)
     page = experiment_report.page(
-        experiment_report.Story(plan, found, sets.whole, sets.shared_texts(), "manifold experiment", "", "tiny")
+        Story(plan, found, sets.whole, sets.shared_texts(), "manifold experiment", "", "tiny")
     )
     assert ("more than 3 points below the better of the two" in page) is told
     assert "Full fine-tuning took 4 steps" in page
