@@ -145,5 +145,6 @@ class _Recorded(_Unrecorded):
     def _end(self, said: Description) -> None:
         span = self._span
         span.ended_s = time.monotonic()
-        span.name, span.attributes, span.fault, span.stages = said.name, said.attributes, said.fault, tuple(self._stages)
+        span.name, span.attributes, span.fault = said.name, said.attributes, said.fault
+        span.stages = tuple(self._stages)
         self._outlet.send(span)

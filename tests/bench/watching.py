@@ -254,8 +254,8 @@ def report(found: Found, threads: int, sittings: int, rounds: int, seconds: int)
         "Throughput moves with the host and with where a process happens to lie in memory; what the processors did for "
         "a request beside the layers of the encoder moves less:",
         "",
-        "| traffic | off, µs a request | on, µs a request | to make rows and Parquet, in a process that takes idle time "
-        "| more, share of all that a request takes |",
+        "| traffic | off, µs a request | on, µs a request | rows and Parquet, in a process that takes idle time | "
+        "more, share of all that a request takes |",
         "|---|---|---|---|---|",
         *(_cpu(found, traffic, name) for name in (ON, FULL) for traffic in (ONE, SEVERAL)),
     ]
