@@ -13,14 +13,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from app.registry.durable import sync
 from app.registry.prediction_lines import Row, rows_of, to_json_lines
@@ -33,7 +34,8 @@ _LEAST = 19  # niceness, where there is no class for what only takes idle time
 _POLL_S = 0.25
 _MOST_IDLE_S = 60.0  # where there is no idle time, others must not wait for ever
 _KEPT_S = 60.0  # a process that has nothing to do: to begin one takes as long as to convert some megabytes
-_TOLD_CHARACTERS = 500
+_LAST_S = 5.0  # for a process that broke, to say why
+_TOLD_CHARACTERS, _LAST_BYTES = 500, 65_536
 _MESSAGE_BYTES = 65_536  # at most, either way
 
 
@@ -83,7 +85,7 @@ class Converter:
         """False where it was ended."""
         try:
             answer = self._worker_for(haste).run(part, target, self._kind, may_go_on)
-        except OSError:
+        except BaseException:  # whatever it is: no answer of this part may be taken for one of the next
             self.close()
             raise
         if answer is None:
@@ -110,23 +112,20 @@ class _Answer(NamedTuple):
 
 
 class _Worker:
-    """The process, as the server sees it. It ends with the server at the latest."""
+    """The process, as the server sees it. It ends with the server, or with the part that it is at."""
 
     def __init__(self, haste: _Haste) -> None:
         self.haste, self.used_s = haste, time.monotonic()
         command = [sys.executable, "-P", "-c", _CODE, str(_ROOT), haste]
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = subprocess.Popen(
-                    command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-                )
-        except OSError:
-            ours.close()
-            raise
+        with ExitStack() as undo:
+            said = undo.enter_context(tempfile.TemporaryFile())  # a pipe that nobody reads would fill up
+            ours, theirs = map(undo.enter_context, socket.socketpair())
+            process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=said)
+            theirs.close()
+            undo.pop_all()
         ours.settimeout(_POLL_S)
-        self._socket, self._process = ours, process
-        self.end = weakref.finalize(self, _end, process, ours)
+        self._socket, self._process, self._said, self._said_bytes = ours, process, said, 0
+        self.end = weakref.finalize(self, _end, process, ours, said)
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -134,6 +133,7 @@ class _Worker:
     def run(self, part: int, target: Path, kind: str, may_go_on: Callable[[], bool]) -> _Answer | None:
         """None where it may not go on. Raises OSError where the process ends by itself."""
         os.lseek(part, 0, os.SEEK_SET)
+        self._said_bytes = os.fstat(self._said.fileno()).st_size
         with suppress(ConnectionError):  # it has ended, and says why below
             socket.send_fds(self._socket, [json.dumps([str(target), kind]).encode()], [part])
         told = self._hear(may_go_on)
@@ -155,13 +155,18 @@ class _Worker:
                 return b""
 
     def _last_words(self) -> str:
-        assert self._process.stderr is not None
-        last = self._process.stderr.read().decode("utf-8", "replace").strip().rpartition("\n")[2][-_TOLD_CHARACTERS:]
-        return last or f"the process that makes its rows ended with status {self._process.wait()}"
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_S)
+        number = self._said.fileno()
+        start = max(self._said_bytes, os.fstat(number).st_size - _LAST_BYTES)
+        last = os.pread(number, _LAST_BYTES, start).decode("utf-8", "replace").strip().rpartition("\n")[2]
+        return last[-_TOLD_CHARACTERS:] or (
+            f"the process that makes its rows ended with status {self._process.returncode}"
+        )
 
 
-def _end(process: subprocess.Popen[bytes], ours: socket.socket) -> None:
-    with ours, process:  # which waits until it has ended
+def _end(process: subprocess.Popen[bytes], ours: socket.socket, said: IO[bytes]) -> None:
+    with ours, said, process:  # which waits until it has ended
         process.kill()
 
 

@@ -69,7 +69,7 @@ class Found:
 
 
 class PredictionStore:
-    """One thread calls `tidy` and `drop_waiting`; everything else is safe from any thread."""
+    """One thread calls `tidy`, `drop_waiting` and `close`; everything else is safe from any thread."""
 
     def __init__(
         self,
@@ -133,6 +133,10 @@ class PredictionStore:
         if num_finished or time.monotonic() >= self._trim_at_s:
             self._trim()
             self._trim_at_s = time.monotonic() + _TRIM_EVERY_S
+
+    def close(self) -> None:
+        """Ends the process that makes rows."""
+        self._converter.close()
 
     def _due(self) -> list[_File]:
         """Those that failed come last; one that fails where others do not is tried now and then."""

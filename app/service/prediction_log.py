@@ -171,6 +171,7 @@ class PredictionLog:
             except Exception:
                 logger.exception("keeping the prediction log failed; it is tried again")
             if is_last:
+                self._store.close()
                 return
 
     def _tidy(self) -> None:

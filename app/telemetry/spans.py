@@ -82,7 +82,7 @@ class Span:
 
 
 def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
-    """An ExportTraceServiceRequest, filled in place: to make its parts first takes twice as long."""
+    """An ExportTraceServiceRequest. Spans are filled in place: to make them first takes twice as long."""
     unix_ns = time.time_ns() - time.monotonic_ns()
     request = ExportTraceServiceRequest()
     of = request.resource_spans.add()
@@ -130,11 +130,11 @@ def _flags(other: Context | None) -> int:
 
 
 def _put(made: otlp.Span, attributes: Mapping[str, Attribute]) -> None:
-    """Serialized messages end to end are one with all of their fields, which takes half the time of adding each."""
+    """Serialized messages, joined, parse as one with the repeated fields of all: half the work of adding each."""
     made.MergeFromString(b"".join([_attribute(name, value) for name, value in attributes.items()]))
 
 
-@lru_cache(maxsize=1024, typed=True)
+@lru_cache(maxsize=128, typed=True)
 def _attribute(name: str, value: Attribute) -> bytes:
     """A span of nothing else, serialized: most of what is said of a request was said of the one before."""
     return bytes(otlp.Span(attributes=[_pair(name, value)]).SerializeToString())

@@ -65,8 +65,8 @@ class Traces(Tracing):
             ("forward", forward_s, heads_s),
             ("heads", heads_s, report.ended_s),
         )
-        batch = Span("batch", Context.below(None), None, report.began_s, report.ended_s, attributes, contexts)
-        batch.stages = stages
+        began_s, ended_s = report.began_s, report.ended_s
+        batch = Span("batch", Context.below(None), None, began_s, ended_s, attributes, contexts, stages=stages)
         self._outlet.send(batch)
 
     @contextmanager

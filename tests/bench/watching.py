@@ -186,8 +186,8 @@ def conversions_us(pid: int) -> float:
     """What the processes that make a server's rows had of the processors."""
     used_us = sum(map(float, _stat(pid)[13:15]))  # of those that have ended
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with suppress(OSError):
+        with suppress(OSError):  # a thread or a child has ended
+            for child in (task / "children").read_text().split():
                 if b"_conversion" in Path(f"/proc/{child}/cmdline").read_bytes():
                     used_us += sum(map(float, _stat(int(child))[11:13]))
     return used_us / os.sysconf("SC_CLK_TCK") * 1e6

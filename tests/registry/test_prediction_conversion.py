@@ -77,6 +77,10 @@ def conversions() -> list[int]:
     return [int(p) for pids in found for p in pids if b"_conversion" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
+def is_there(child: int) -> bool:
+    return Path(f"/proc/{child}").exists()
+
+
 MANY = b"".join(to_line(request(number)) for number in range(20_000))  # about a second of work
 
 
@@ -195,7 +199,8 @@ def test_what_takes_too_long_at_the_end_is_left_for_later(tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def converter() -> Iterator[Converter]:
+def converter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Converter]:
+    monkeypatch.setattr(prediction_conversion, "_MOST_IDLE_S", math.inf)  # however busy this machine is
     made = Converter("parquet")
     yield made
     made.close()
@@ -206,8 +211,8 @@ def convert_one(converter: Converter, folder: Path, is_pressing: Callable[[], bo
     with part_of(folder / "part", to_line(request())) as part:
         assert converter.convert(part, folder / "made", is_pressing, forever)
     assert pq.read_metadata(folder / "made").num_rows == 4
-    (child,) = conversions()
-    return child
+    assert converter._worker is not None
+    return converter._worker._process.pid
 
 
 def test_the_process_is_kept_for_the_next_part_in_the_same_haste(converter: Converter, tmp_path: Path) -> None:
@@ -223,13 +228,13 @@ def test_a_process_with_nothing_to_do_goes(
     converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converter.rest()
-    convert_one(converter, tmp_path)
+    kept = convert_one(converter, tmp_path)
     converter.rest()
-    assert len(conversions()) == 1
-    monkeypatch.setattr(prediction_conversion, "_KEPT_S", 0.0)
-    converter.rest()
-    assert not conversions()
-    monkeypatch.undo()
+    assert is_there(kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_conversion, "_KEPT_S", 0.0)
+        converter.rest()
+    assert not is_there(kept)
     convert_one(converter, tmp_path)
 
 
@@ -253,33 +258,80 @@ def test_one_that_is_killed_at_its_work_is_told_and_the_next_try_has_another(
 
     with part_of(tmp_path / "part", MANY) as part, pytest.raises(OSError, match="ended with status -9"):
         converter.convert(part, tmp_path / "made", never, kill)
-    assert killed and not conversions()
+    assert killed and not any(map(is_there, killed))
     convert_one(converter, tmp_path)
 
 
 def test_what_ends_it_is_told_in_its_own_words(
     converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction_conversion, "_CODE", "raise MemoryError('too much')")
-    with part_of(tmp_path / "part", to_line(request())) as part, pytest.raises(OSError, match="MemoryError: too much"):
+    with (
+        monkeypatch.context() as patch,
+        part_of(tmp_path / "part", to_line(request())) as part,
+        pytest.raises(OSError, match="^MemoryError: too much$"),
+    ):
+        patch.setattr(prediction_conversion, "_CODE", "raise MemoryError('too much')")
         converter.convert(part, tmp_path / "made", never, forever)
-    monkeypatch.undo()
+    convert_one(converter, tmp_path)
+
+
+def test_one_that_breaks_and_does_not_end_is_ended(
+    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_conversion, "_LAST_S", 0.2)
+    with (
+        monkeypatch.context() as patch,
+        part_of(tmp_path / "part", to_line(request())) as part,
+        pytest.raises(OSError, match="ended with status None"),
+    ):
+        patch.setattr(prediction_conversion, "_CODE", "import os, time; os.close(0); time.sleep(600)")
+        converter.convert(part, tmp_path / "made", never, forever)
+    convert_one(converter, tmp_path)
+
+
+def test_what_it_says_in_passing_is_not_why_it_ends_later(
+    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much it says."""
+    talks = "import sys; sys.stderr.write('by the way ' * 100_000); sys.stderr.flush(); "
+    monkeypatch.setattr(prediction_conversion, "_CODE", talks + prediction_conversion._CODE)
+    convert_one(converter, tmp_path)
+
+    def kill() -> float:
+        for child in conversions():
+            os.kill(child, signal.SIGKILL)
+        return math.inf
+
+    with part_of(tmp_path / "part", MANY) as part, pytest.raises(OSError, match="ended with status -9"):
+        converter.convert(part, tmp_path / "made", never, kill)
+
+
+def test_whatever_goes_wrong_no_answer_is_taken_for_that_of_the_next_part(converter: Converter, tmp_path: Path) -> None:
+    class Broken(Exception): ...
+
+    def breaks() -> float:
+        if conversions():
+            raise Broken
+        return math.inf
+
+    with part_of(tmp_path / "part", MANY) as part, pytest.raises(Broken):
+        converter.convert(part, tmp_path / "made", never, breaks)
     convert_one(converter, tmp_path)
 
 
 def test_it_lets_go_of_a_part_that_it_is_done_with(converter: Converter, tmp_path: Path) -> None:
-    convert_one(converter, tmp_path)
-    assert conversions()
+    kept = convert_one(converter, tmp_path)
     with left_alone(tmp_path / "part") as part:
-        assert part is not None
+        assert part is not None and is_there(kept)
 
 
 def test_one_that_nobody_closes_ends_with_who_made_it(tmp_path: Path) -> None:
     converter = Converter("parquet")
-    convert_one(converter, tmp_path)
+    kept = convert_one(converter, tmp_path)
+    assert is_there(kept)
     del converter
     gc.collect()
-    assert not conversions()
+    assert not is_there(kept)
 
 
 def test_nobody_else_can_read_what_is_half_made(tmp_path: Path) -> None:

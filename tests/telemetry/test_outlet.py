@@ -137,8 +137,8 @@ def test_where_there_is_no_room_whole_traces_are_dropped_and_counted(receiver: R
     receiver.answers.clear()
     lost: list[int] = []
     outlet = Outlet(receiver.endpoint, RESOURCE, lost.append, most_waiting=4)
-    outlet.send(spans("sending"))
-    wait_for(lambda: outlet._num_waiting == 0)  # it has left, and nobody answers
+    outlet.send(spans("sending", "one", "two", "three"))
+    wait_for(lambda: outlet._num_waiting == 0)  # it has left with its stages, and nobody answers
     outlet.send(spans("a", "b", "c"))
     outlet.send(spans("d", "e"))  # half of it would find room
     outlet.send(spans("f"))
@@ -146,7 +146,7 @@ def test_where_there_is_no_room_whole_traces_are_dropped_and_counted(receiver: R
     receiver.answers.set()
     receiver.wait_for("f")
     outlet.close()
-    assert [span.name for span in receiver.spans] == ["sending", "a", "b", "c", "f"]
+    assert [span.name for span in receiver.spans] == ["sending", "one", "two", "three", "a", "b", "c", "f"]
     assert lost == [2]
 
 
