@@ -324,3 +324,13 @@ async def test_a_store_that_does_not_answer_is_told_once(
     assert len(told) == 1
     (path,) = store.folder.iterdir()
     assert "_open_" not in path.name
+
+
+@pytest.mark.anyio
+async def test_it_ends_with_the_process_that_made_its_rows(one: Served, store: PredictionStore, open_log: Open) -> None:
+    log = open_log()
+    log.take_in([one])
+    log.close()
+    (path,) = store.folder.iterdir()
+    assert "_open_" not in path.name  # so there was one
+    assert store._converter._worker is None
