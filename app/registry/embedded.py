@@ -42,14 +42,20 @@ class EmbeddedRedis:
         self._process: subprocess.Popen[bytes] | None = None
         self._users: int | None = None  # the descriptor that says that we use it
         self._lock = threading.Lock()
+        self._is_closed = False
 
     @property
     def url(self) -> str:
         return f"unix://{quote(str(self._socket))}"
 
     def ensure_running(self) -> None:
-        """Raises SettingsError where it cannot be started, UnavailableError where it runs and does not answer."""
+        """Raises SettingsError where it cannot be started, UnavailableError where it runs and does not answer.
+
+        The latter also behind `close`: whoever follows the index would start it again while the process ends.
+        """
         with self._lock:
+            if self._is_closed:
+                raise UnavailableError("the server ends, and its index with it")
             self._make_folders()
             with self._starting():
                 if not self._is_there():
@@ -57,8 +63,9 @@ class EmbeddedRedis:
                 self._join_users()
 
     def close(self) -> None:
-        """Ends it, unless another process uses it too."""
+        """Ends it for good, unless another process uses it too."""
         with self._lock:
+            self._is_closed = True
             if self._users is None:
                 return
             with self._starting():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from redis.exceptions import RedisError
 
 from app.errors import SettingsError, UnavailableError
 from app.registry import embedded
@@ -152,6 +153,17 @@ def test_an_orphan_of_a_killed_server_is_used_and_ended(home: Path, start: Start
     server.close()
     wait_until(lambda: not is_running(orphan))
     assert digests(start()) == ["sha256:a"]
+
+
+def test_once_closed_nobody_starts_it_again(start: Start) -> None:
+    server = start()
+    process_id = pid(server)
+    server.close()
+    wait_until(lambda: not is_running(process_id))
+    with pytest.raises(UnavailableError, match="the server ends"):
+        server.ensure_running()
+    with pytest.raises(RedisError):
+        pid(server)
 
 
 def test_one_that_is_merely_slow_gets_no_rival(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
