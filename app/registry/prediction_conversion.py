@@ -155,14 +155,14 @@ class _Worker:
                 return b""
 
     def _last_words(self) -> str:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_LAST_S)
+        try:
+            ending = f"ended with status {self._process.wait(_LAST_S)}"
+        except subprocess.TimeoutExpired:
+            ending = "broke and did not end"
         number = self._said.fileno()
         start = max(self._said_bytes, os.fstat(number).st_size - _LAST_BYTES)
         last = os.pread(number, _LAST_BYTES, start).decode("utf-8", "replace").strip().rpartition("\n")[2]
-        return last[-_TOLD_CHARACTERS:] or (
-            f"the process that makes its rows ended with status {self._process.returncode}"
-        )
+        return last[-_TOLD_CHARACTERS:] or f"the process that makes its rows {ending}"
 
 
 def _end(process: subprocess.Popen[bytes], ours: socket.socket, said: IO[bytes]) -> None:

@@ -262,29 +262,23 @@ def test_one_that_is_killed_at_its_work_is_told_and_the_next_try_has_another(
     convert_one(converter, tmp_path)
 
 
-def test_what_ends_it_is_told_in_its_own_words(
-    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise MemoryError('too much')", "^MemoryError: too much$"),
+        ("import os, time; os.close(0); time.sleep(600)", "broke and did not end$"),
+    ],
+)
+def test_how_it_breaks_is_told_and_the_next_try_has_another(
+    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str
 ) -> None:
     with (
         monkeypatch.context() as patch,
         part_of(tmp_path / "part", to_line(request())) as part,
-        pytest.raises(OSError, match="^MemoryError: too much$"),
+        pytest.raises(OSError, match=told),
     ):
-        patch.setattr(prediction_conversion, "_CODE", "raise MemoryError('too much')")
-        converter.convert(part, tmp_path / "made", never, forever)
-    convert_one(converter, tmp_path)
-
-
-def test_one_that_breaks_and_does_not_end_is_ended(
-    converter: Converter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prediction_conversion, "_LAST_S", 0.2)
-    with (
-        monkeypatch.context() as patch,
-        part_of(tmp_path / "part", to_line(request())) as part,
-        pytest.raises(OSError, match="ended with status None"),
-    ):
-        patch.setattr(prediction_conversion, "_CODE", "import os, time; os.close(0); time.sleep(600)")
+        patch.setattr(prediction_conversion, "_CODE", code)
+        patch.setattr(prediction_conversion, "_LAST_S", 2.0)
         converter.convert(part, tmp_path / "made", never, forever)
     convert_one(converter, tmp_path)
 
