@@ -8,13 +8,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2 as otlp
 
 from app.telemetry.tracing import Attribute, Caller
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 _LONGEST_STATE = 512  # characters; of a longer one nothing is kept
 _MEMBER = re.compile(r"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{1,256}")
@@ -90,39 +93,38 @@ def encode(spans: Sequence[Span], resource: Mapping[str, str]) -> bytes:
     scoped = of.scope_spans.add()
     scoped.scope.name = _SCOPE
     for span in spans:
-        _fill(scoped.spans.add(), span, unix_ns)
-        for name, began_s, ended_s in span.stages:
-            scoped.spans.add(
-                trace_id=span.context.trace_id,
-                span_id=_new_id(8),
-                parent_span_id=span.context.span_id,
-                trace_state=span.context.state,
-                name=name,
-                kind=otlp.Span.SPAN_KIND_INTERNAL,
-                start_time_unix_nano=unix_ns + round(began_s * 1e9),
-                end_time_unix_nano=unix_ns + round(ended_s * 1e9),
-                flags=_SAMPLED | _KNOWS_IF_REMOTE,
-            )
+        _add(scoped.spans, span, unix_ns)
     return bytes(request.SerializeToString())
 
 
-def _fill(made: otlp.Span, span: Span, unix_ns: int) -> None:
-    """`unix_ns`: what time.monotonic() is behind the time since 1970."""
-    context, parent = span.context, span.parent
-    made.trace_id, made.span_id, made.name = context.trace_id, context.span_id, span.name
-    made.kind = otlp.Span.SPAN_KIND_SERVER if span.is_request else otlp.Span.SPAN_KIND_INTERNAL
-    made.start_time_unix_nano = unix_ns + round(span.began_s * 1e9)
-    made.end_time_unix_nano = unix_ns + round(span.ended_s * 1e9)
-    made.flags = _SAMPLED | _flags(parent)
-    if context.state:
-        made.trace_state = context.state
-    if parent is not None:
-        made.parent_span_id = parent.span_id
+def _add(spans: RepeatedCompositeFieldContainer[otlp.Span], span: Span, unix_ns: int) -> None:
+    """With its stages. `unix_ns`: what time.monotonic() is behind the time since 1970."""
+
+    def add(span_id: bytes, parent: Context | None, stage: Stage) -> otlp.Span:
+        name, began_s, ended_s = stage
+        added: otlp.Span = spans.add(
+            trace_id=span.context.trace_id,
+            span_id=span_id,
+            parent_span_id=None if parent is None else parent.span_id,
+            trace_state=span.context.state,
+            name=name,
+            kind=otlp.Span.SPAN_KIND_INTERNAL,
+            start_time_unix_nano=unix_ns + round(began_s * 1e9),
+            end_time_unix_nano=unix_ns + round(ended_s * 1e9),
+            flags=_SAMPLED | _flags(parent),
+        )
+        return added
+
+    made = add(span.context.span_id, span.parent, (span.name, span.began_s, span.ended_s))
+    if span.is_request:
+        made.kind = otlp.Span.SPAN_KIND_SERVER
     _put(made, span.attributes)
     for link in span.links:
         made.links.add(trace_id=link.trace_id, span_id=link.span_id, trace_state=link.state, flags=_flags(link))
     if span.fault is not None:
         made.status.code, made.status.message = otlp.Status.STATUS_CODE_ERROR, _clean(span.fault)
+    for stage in span.stages:
+        add(_new_id(8), span.context, stage)
 
 
 def _flags(other: Context | None) -> int:
