@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.engine.attention import cat_wide, is_wide
+from app.engine.attention import cat_wide, is_learned, is_wide
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -21,3 +21,12 @@ def test_what_does_not_lie_in_whole_steps_is_not_wide() -> None:
     assert not is_wide(torch.randn(2, 3, 5).bfloat16())
     assert not is_wide(torch.randn(2, 64, 8).transpose(1, 2))
     assert not is_wide(torch.randn(2, 65)[:, 1:])
+
+
+def test_wide_steps_lose_gradients_and_are_not_taken_where_there_are_any() -> None:
+    """What is learned was silently not, from batches of more than 20 tokens on a CUDA device."""
+    text, prefix = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 3, 8, requires_grad=True)
+    assert not cat_wide((prefix, text), 2).requires_grad
+    assert is_learned((prefix, text)) and not is_learned((text, text))
+    with torch.no_grad():
+        assert not is_learned((prefix, text))
