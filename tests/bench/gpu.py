@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -273,10 +274,12 @@ def exactness() -> Iterator[Line]:
         copied = AutoModel.from_config(config).eval()
         copied.load_state_dict(network.state_dict())
         engine = started(Backbone.from_model(copied, "small", device=device, dtype=dtype))
-        versions = versions_of(engine, 4, 2) + [_bare(engine)]
+        versions = versions_of(engine, 4, 2) + [_bare(engine, "attention")]
+        matching = _bare(engine, "matching")
         found = []
-        for lengths in ((7,), (7,), (7,), (7, 30, 64), (7, 30, 64), (7, 30, 64), (100,) * 40):
-            request = request_of(engine, [random_encoding(n, seed) for seed, n in enumerate(lengths)], versions)
+        for pair, lengths in product((False, True), ((7,), (7,), (7,), *[(7, 30, 64)] * 3, (100,) * 40)):
+            texts = [random_encoding(n, seed, pair) for seed, n in enumerate(lengths)]
+            request = request_of(engine, texts, [*versions, matching] if pair else versions)
             for outputs in engine.submit(request).result().outputs:
                 found.extend(score for output in outputs for score in output.scores)
         scores[name] = found
@@ -287,8 +290,8 @@ def exactness() -> Iterator[Line]:
         yield Line(f"largest difference of a score, cuda {name} and CPU float32", f"{worst:.1e}", *aim)
 
 
-def _bare(engine: Engine) -> TaskVersion:
-    artifact = make_artifact(engine.spec, "bare", seed=9, readout="attention", layers=[1, 4], num_queries=2, labels=4)
+def _bare(engine: Engine, readout: str) -> TaskVersion:
+    artifact = make_artifact(engine.spec, readout, seed=9, readout=readout, layers=[1, 4], num_queries=2, labels=4)
     engine.load(artifact)
     return artifact.version(1)
 
