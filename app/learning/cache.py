@@ -1,7 +1,8 @@
 """What is frozen, computed once: the states of every text after the layers that are read, and where a prefix begins.
 
 Different texts lie end to end in flat tensors `[tokens, d]` in half precision; batches are gathered from them.
-Tensors too large for memory lie in unnamed files, which end with the process.
+Tensors lie where the backbone is, if that has much room; those too large for memory in unnamed files, which end with
+the process.
 Knows encodings and the backbone; nothing of labels or heads.
 """
 
@@ -23,8 +24,9 @@ from app.errors import DataError
 from app.learning.rows import LayerPrefix, positions, run_layers
 
 MAX_BYTES = 4 * 10**9
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 _STORED = torch.float16
+_SHARE_OF_FREE = 0.25  # of a GPU's memory: batches and other processes need some too
 
 
 class Memory:
@@ -76,6 +78,9 @@ class Gathered:
     mask: Tensor  # bool [rows, tokens], True: a token of the text
     pair_starts: Tensor  # [rows], as `Extents` has them
 
+    def to(self, device: torch.device) -> Gathered:
+        return Gathered(self.index.to(device), self.mask.to(device), self.pair_starts.to(device))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extents:
@@ -89,10 +94,14 @@ class Extents:
         """`texts`: indices [rows]."""
         return Extents(self.starts[texts], self.lengths[texts], self.pair_starts[texts])
 
-    def gather(self, texts: Tensor) -> Gathered:
-        """`texts`: indices [rows]."""
+    def to(self, device: torch.device) -> Extents:
+        return Extents(self.starts.to(device), self.lengths.to(device), self.pair_starts.to(device))
+
+    def gather(self, texts: Tensor, width: int | None = None) -> Gathered:
+        """`texts`: indices [rows]. `width`: tokens that rows are padded to, as many as the longest has at least; None:
+        as many as that."""
         own = self.of(texts)
-        steps = torch.arange(int(own.lengths.max()))
+        steps = torch.arange(int(own.lengths.max()) if width is None else width, device=own.starts.device)
         last = own.starts + own.lengths - 1
         index = torch.minimum(own.starts.unsqueeze(1) + steps, last.unsqueeze(1))
         return Gathered(index, steps < own.lengths.unsqueeze(1), own.pair_starts)
@@ -116,9 +125,13 @@ class StateCache:
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
-    def gather(self, texts: Tensor) -> Gathered:
-        """`texts`: indices [rows]."""
-        return self.extents.gather(texts)
+    def gather(self, texts: Tensor, width: int | None = None) -> Gathered:
+        """As `Extents` does."""
+        return self.extents.gather(texts, width)
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether all states lie there."""
+        return all(flat.device == device for flat in (*self.reads.values(), self.fork) if flat is not None)
 
     def subset(self, texts: Tensor) -> StateCache:
         """A view of these texts [texts] alone: the flat tensors, and what is indexed by token, stay as they are."""
@@ -126,8 +139,8 @@ class StateCache:
 
 
 def states_at(flat: Tensor, batch: Gathered) -> Tensor:
-    """[rows, tokens, d] in float32; what stands in padding is of some other text and masked."""
-    return flat[batch.index].float()
+    """[rows, tokens, d] in float32, where `flat` lies; what stands in padding is of some other text and masked."""
+    return flat[batch.index.to(flat.device)].float()
 
 
 @torch.no_grad()
@@ -152,14 +165,15 @@ def build_cache(
     extents = Extents(lengths.cumsum(0) - lengths, lengths, pair_starts)
     total, width = int(lengths.sum()), backbone.spec.hidden_size
     kept = {*plan.cached_reads} | ({plan.fork_layer} if plan.fork_layer is not None else set())
-    flat = flat_tensors(kept, total, width, _STORED)
-    for texts in _batches(lengths):
+    flat = flat_tensors(kept, total, width, _STORED, backbone.device)
+    for texts in _batches(lengths, _BATCH_TOKENS[backbone.device.type]):
         batch = extents.gather(texts)
         for layer, states in _run(backbone, [distinct[i] for i in texts.tolist()], batch, plan, begin):
             target = flat.get(layer)
             if target is not None:
                 seen = states if layer == plan.fork_layer else backbone.read_states(layer, states)
-                target[batch.index[batch.mask]] = seen[batch.mask.to(seen.device)].to("cpu", _STORED)
+                own = seen[batch.mask.to(seen.device)].to(target.device, _STORED)
+                target[batch.index[batch.mask].to(target.device)] = own
         if advance is not None:
             advance(int(counts[texts].sum()))
     fork = None if plan.fork_layer is None else flat[plan.fork_layer]
@@ -182,13 +196,17 @@ def _distinct(encodings: Sequence[Encoding]) -> tuple[list[int], Tensor]:
     return firsts, torch.tensor(owners, dtype=torch.long)
 
 
-def flat_tensors(layers: Collection[int], total: int, width: int, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Layer → [total, width], not yet filled: in memory where MEMORY has room, else in files.
+def flat_tensors(
+    layers: Collection[int], total: int, width: int, dtype: torch.dtype, device: torch.device
+) -> dict[int, Tensor]:
+    """Layer → [total, width], not yet filled: on a GPU that has much room, in memory where MEMORY has, else in files.
 
     Raises DataError where the disk has none.
     """
     size = total * width * dtype.itemsize
     needed = size * len(layers)
+    if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE:
+        return {layer: torch.empty(total, width, dtype=dtype, device=device) for layer in layers}
     if MEMORY.has_room(needed):
         return {layer: MEMORY.hold(torch.empty(total, width, dtype=dtype)) for layer in layers}
     try:
@@ -235,11 +253,11 @@ def _embedded(backbone: Backbone, encodings: Sequence[Encoding], width: int, pos
     return backbone.embed(ids, types, positions(backbone, ids, position_offset))
 
 
-def _batches(lengths: Tensor) -> Iterator[Tensor]:
+def _batches(lengths: Tensor, most_tokens: int) -> Iterator[Tensor]:
     """Texts by length, as many as fit the token budget."""
     order = lengths.argsort(descending=True, stable=True)
     start = 0
     while start < len(order):
-        size = max(1, _BATCH_TOKENS // int(lengths[order[start]]))
+        size = max(1, most_tokens // int(lengths[order[start]]))
         yield order[start : start + size]
         start += size

@@ -8,19 +8,21 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from app.domain import Encoding, ProblemType
+from app.learning.cache import Extents
 from app.learning.chain import Chain
 from app.learning.problems import IGNORED, dev_figure, loss_of, tagged
+from app.learning.steps import Steps
 from app.learning.trainer import shuffled
 
-_MAX_GRADIENT_NORM = 1.0
 _EVALUATION_ROWS = 64
 _LOOK_SHARE = 3  # a step of training takes about three times a look at as many rows
 _LEAST_LOOKS = 4  # at dev, where there are as many epochs
@@ -52,6 +54,33 @@ class Texts:
     def tagged(self) -> list[Tensor]:
         """The tag ids of each text's tagged tokens."""
         return tagged(self.targets, self.lengths.tolist())
+
+
+class PaddedTexts:
+    """The token ids and targets of texts, end to end on a device, and batches of them."""
+
+    def __init__(self, texts: Texts, device: torch.device, *, is_tagged: bool = False) -> None:
+        """`is_tagged`: targets are of tokens."""
+
+        def flat(rows: Iterable[Sequence[int]]) -> Tensor:
+            return torch.tensor(list(chain.from_iterable(rows)), device=device)
+
+        lengths = texts.lengths
+        self._ids = flat(encoding.input_ids for encoding in texts.encodings)
+        self._types = flat(encoding.token_type_ids for encoding in texts.encodings)
+        self._extents = Extents(lengths.cumsum(0) - lengths, lengths, torch.zeros_like(lengths)).to(device)
+        self._targets = texts.targets.to(device)
+        self._is_tagged = is_tagged
+
+    def of(self, texts: Tensor, width: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids, types and mask [rows, tokens] of `texts`, indices [rows], and their targets: [rows, …], or of tagged
+        tokens [rows, tokens]. `width`: as `Extents.gather` takes it."""
+        texts = texts.to(self._ids.device)
+        batch = self._extents.gather(texts, width)
+        ids, types = (flat[batch.index].masked_fill(~batch.mask, 0) for flat in (self._ids, self._types))
+        if self._is_tagged:
+            return ids, types, batch.mask, self._targets[batch.index].masked_fill(~batch.mask, IGNORED)
+        return ids, types, batch.mask, self._targets[texts]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,21 +140,20 @@ def finetune(
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     is_token = problem_type is ProblemType.TOKEN
-    targets = _targets(train, is_token)
     model = WholeModel(path, max(1, len(labels)), is_token, dtype).to(device)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": model.network.parameters(), "lr": settings.learning_rate},
-            {"params": model.out.parameters(), "lr": settings.head_learning_rate},
-        ],
-        weight_decay=settings.weight_decay,
-        fused=True,  # most weights are embeddings: a step of each by itself took a sixth of the training
-    )
-    steps = settings.epochs * math.ceil(len(train.encodings) / settings.batch_size)
-    rising = max(1, int(steps * settings.warmup))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
-    )
+    groups = [
+        {"params": list(model.network.parameters()), "lr": settings.learning_rate},
+        {"params": list(model.out.parameters()), "lr": settings.head_learning_rate},
+    ]
+    groups = [group | {"weight_decay": settings.weight_decay} for group in groups]
+    total = settings.epochs * math.ceil(len(train.encodings) / settings.batch_size)
+    # fused: most weights are embeddings, and a step of each by itself took a sixth of the training
+    steps = Steps(model, groups, total, settings.warmup, fused=True)
+    lengths, batches = train.lengths, PaddedTexts(train, device, is_tagged=is_token)
+
+    def loss(texts: Tensor, width: int | None) -> Tensor:
+        return loss_of(problem_type, *_run(model, batches, texts, width))
+
     transitions = Chain.of(train.tagged, labels).transitions() if is_token else None
     best, kept, tokens = -math.inf, {}, 0
     every = min(
@@ -134,15 +162,11 @@ def finetune(
     )
     for epoch in range(1, settings.epochs + 1):
         model.train()
-        for batch in shuffled(train.lengths, settings.batch_size, generator):
-            rows = batch.tolist()
-            loss = loss_of(problem_type, *_run(model, train, targets, rows, device))
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-            optimizer.step()
-            schedule.step()
-            tokens += sum(len(train.encodings[row]) for row in rows)
+        with steps.round():
+            for chosen in shuffled(lengths, settings.batch_size, generator):
+                shape = None if is_token else steps.shape(chosen, lengths)  # tagged tokens are as many as they are
+                steps.take(chosen, loss, shape)
+                tokens += int(lengths[chosen].sum())
         if epoch % every and epoch < settings.epochs:
             report(epoch, None)
             continue
@@ -160,12 +184,12 @@ def finetune(
 def whole_logits(model: WholeModel, texts: Texts, device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
     """Logits and targets in the order of the texts; of tokens the tagged ones alone, with their count a text."""
     model.eval()
-    gold = _targets(texts, model.is_token)
-    counts = [int((tags != IGNORED).sum()) for tags in gold] if model.is_token else [1] * len(gold)
-    logits: list[Tensor] = [torch.empty(0)] * len(gold)
-    for batch in torch.split(texts.lengths.argsort(), _EVALUATION_ROWS):
-        rows = batch.tolist()
-        found, _ = _run(model, texts, gold, rows, device)
+    counts = list(map(len, texts.tagged)) if model.is_token else [1] * len(texts.encodings)
+    logits: list[Tensor] = [torch.empty(0)] * len(counts)
+    batches = PaddedTexts(texts, device, is_tagged=model.is_token)
+    for chosen in torch.split(texts.lengths.argsort(), _EVALUATION_ROWS):
+        found, _ = _run(model, batches, chosen)
+        rows = chosen.tolist()
         for row, part in zip(rows, torch.split(found.cpu(), [counts[row] for row in rows]), strict=True):
             logits[row] = part
     if not model.is_token:
@@ -173,24 +197,10 @@ def whole_logits(model: WholeModel, texts: Texts, device: torch.device) -> tuple
     return torch.cat(logits), texts.targets[texts.targets != IGNORED], counts
 
 
-def _targets(texts: Texts, is_token: bool) -> Sequence[Tensor]:
-    """A tensor a text."""
-    return torch.split(texts.targets, texts.lengths.tolist()) if is_token else texts.targets.unbind()
-
-
-def _run(
-    model: WholeModel, texts: Texts, targets: Sequence[Tensor], rows: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Logits and targets of some texts; of tokens, of those with a tag."""
-    encodings = [texts.encodings[row] for row in rows]
-    width = max(map(len, encodings))
-    ids = torch.tensor([e.input_ids + (0,) * (width - len(e)) for e in encodings], device=device)
-    types = torch.tensor([e.token_type_ids + (0,) * (width - len(e)) for e in encodings], device=device)
-    lengths = torch.tensor([len(e) for e in encodings], device=device)
-    mask = torch.arange(width, device=device) < lengths.unsqueeze(1)
+def _run(model: WholeModel, batches: PaddedTexts, texts: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Logits and targets of some texts, indices [rows]; of tokens, of those with a tag."""
+    ids, types, mask, targets = batches.of(texts, width)
     logits = model(ids, types, mask)
-    wanted = [targets[row] for row in rows]
     if not model.is_token:
-        return logits, torch.stack(wanted).to(device)
-    tags = torch.nn.utils.rnn.pad_sequence(wanted, batch_first=True, padding_value=IGNORED).to(device)
-    return logits[tags != IGNORED], tags[tags != IGNORED]
+        return logits, targets
+    return logits[targets != IGNORED], targets[targets != IGNORED]

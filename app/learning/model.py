@@ -57,8 +57,8 @@ class TaskModel(nn.Module):
 
     def forward(self, cache: StateCache, batch: Gathered, chosen: Tensor | None = None) -> Tensor:
         """Logits [rows, labels]; for tokens [chosen tokens, labels], `chosen` a bool [rows, tokens]."""
-        mask = batch.mask.to(self.out.weight.device)
-        pieces = self._pieces(self._reads(cache, batch, mask), mask, batch.pair_starts, chosen)
+        batch = batch.to(self.out.weight.device)
+        pieces = self._pieces(self._reads(cache, batch), batch, chosen)
         if self.recipe.readout is ReadoutKind.TOKENS:
             return self.head(torch.cat(pieces, dim=-1))
         return self.head(join_layers(pieces))
@@ -80,9 +80,9 @@ class TaskModel(nn.Module):
             named[QUERIES] = self.queries
         return {name: tensor.detach().float().cpu() for name, tensor in named.items()}
 
-    def _reads(self, cache: StateCache, batch: Gathered, mask: Tensor) -> dict[int, Tensor]:
+    def _reads(self, cache: StateCache, batch: Gathered) -> dict[int, Tensor]:
         """Layer → states [rows, tokens, d]: from the cache, and above the fork from the layers themselves."""
-        backbone, device = self._backbone[0], mask.device
+        backbone, device = self._backbone[0], batch.mask.device
         reads = {layer: states_at(flat, batch).to(device) for layer, flat in cache.reads.items()}
         if self.prefix is None or cache.fork is None:
             return reads
@@ -92,15 +92,13 @@ class TaskModel(nn.Module):
         layers = range(first, self.recipe.read_layers[-1])
         offset = position_offset([prefix])
         with differentiable_attention(backbone):
-            for passed, states in run_layers(backbone, fork, mask, layers, [prefix], offset):
+            for passed, states in run_layers(backbone, fork, batch.mask, layers, [prefix], offset):
                 if passed in self.recipe.read_layers:
                     reads[passed] = backbone.read_states(passed, states).float()
         return reads
 
-    def _pieces(
-        self, reads: dict[int, Tensor], mask: Tensor, pair_starts: Tensor, chosen: Tensor | None
-    ) -> list[Tensor]:
-        backbone = self._backbone[0]
+    def _pieces(self, reads: dict[int, Tensor], batch: Gathered, chosen: Tensor | None) -> list[Tensor]:
+        backbone, mask = self._backbone[0], batch.mask
         states = [reads[layer] for layer in self.recipe.read_layers]
         match self.recipe.readout:
             case ReadoutKind.ATTENTION:
@@ -109,7 +107,7 @@ class TaskModel(nn.Module):
                 return [piece for s, q in layers for piece in (mean_tokens(s, mask), attend_tokens(s, q, mask))]
             case ReadoutKind.MATCHING:
                 assert self.queries is not None
-                sides = sides_of(mask, pair_starts.to(mask.device))
+                sides = sides_of(mask, batch.pair_starts)
                 layers = zip(states, self.queries, strict=True)
                 return [compare_sides(attend_sides(s, q, sides)) for s, q in layers]
             case ReadoutKind.CLS:

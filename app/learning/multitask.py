@@ -10,27 +10,26 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from app.domain import BackboneSpec, Encoding, ProblemType, ReadoutKind
+from app.domain import BackboneSpec, ProblemType, ReadoutKind
 from app.engine.artifact import flatten_prefix
 from app.engine.artifact_checks import FORMAT_VERSION, PROMPT, prefix_digest
 from app.learning import writer
-from app.learning.finetune import FinetuneSettings, Texts, WholeModel, whole_logits
+from app.learning.finetune import FinetuneSettings, PaddedTexts, Texts, WholeModel, whole_logits
 from app.learning.model import TaskModel, position_offset
 from app.learning.prepare import Frozen, cache_plan, initial_prefix
 from app.learning.problems import dev_figure, loss_of
 from app.learning.recipe import Recipe
 from app.learning.rows import LayerPrefix
+from app.learning.steps import Group, Loss, Steps
 from app.learning.study import Study
 from app.learning.trainer import predict_logits, shuffled
-
-_MAX_GRADIENT_NORM = 1.0
 
 Report = Callable[[int, float], None]  # of each epoch: its number, the mean dev measure
 
@@ -60,8 +59,9 @@ class _Member:
     """One task in the training of all."""
 
     lengths: Tensor  # tokens of each training text
-    loss: Callable[[Tensor], Tensor]  # of a batch of texts
+    loss: Loss
     dev: Callable[[], float]
+    is_resident: bool = True  # all that the loss reads lies on the device
 
 
 # -- a shared prefix ---------------------------------------------------------------------------------------------------
@@ -95,12 +95,16 @@ def train_shared_prefix(
 
     def member(name: str) -> _Member:
         study, model, (train, dev) = studies[name], models[name], splits[name]
+        resident = train.to(backbone.device)
 
-        def loss(texts: Tensor) -> Tensor:
-            found = model(train.cache, train.cache.gather(texts))
-            return loss_of(_kind(study), found, train.targets[texts].to(found.device))
+        def loss(texts: Tensor, width: int | None) -> Tensor:
+            found = model(resident.cache, resident.cache.gather(texts, width))
+            return loss_of(_kind(study), found, resident.targets[texts])
 
-        return _Member(train.cache.lengths, loss, lambda: _dev(study, logits(name, "dev"), dev.targets))
+        def look() -> float:
+            return _dev(study, logits(name, "dev"), dev.targets)
+
+        return _Member(train.cache.lengths, loss, look, train.cache.is_on(backbone.device))
 
     modules = nn.ModuleList(models.values())
     heads = [parameter for parameter in modules.parameters() if parameter is not prefix]
@@ -167,15 +171,14 @@ def finetune_together(
 
     def member(name: str) -> _Member:
         study, model = studies[name], models[name]
-        encodings, targets = study.texts("train")
-        _, dev_targets = study.texts("dev")
+        train, (_, dev_targets) = Texts(*study.texts("train")), study.texts("dev")
+        batches = PaddedTexts(train, device)
 
-        def loss(texts: Tensor) -> Tensor:
-            found = model(*_padded([encodings[i] for i in texts.tolist()], device))
-            return loss_of(_kind(study), found, targets[texts].to(device))
+        def loss(texts: Tensor, width: int | None) -> Tensor:
+            ids, types, mask, targets = batches.of(texts, width)
+            return loss_of(_kind(study), model(ids, types, mask), targets)
 
-        lengths = torch.tensor([len(encoding) for encoding in encodings])
-        return _Member(lengths, loss, lambda: _dev(study, logits(name, "dev"), dev_targets))
+        return _Member(train.lengths, loss, lambda: _dev(study, logits(name, "dev"), dev_targets))
 
     modules = nn.ModuleList(models.values())
     weights = list(network.parameters())
@@ -188,30 +191,17 @@ def finetune_together(
     return network, Together(logits, figures, num_parameters, time.perf_counter() - began, tokens)
 
 
-def _padded(encodings: Sequence[Encoding], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, types and mask, [rows, tokens] each."""
-    ids = pad_sequence([torch.tensor(e.input_ids) for e in encodings], batch_first=True)
-    types = pad_sequence([torch.tensor(e.token_type_ids) for e in encodings], batch_first=True)
-    lengths = torch.tensor([len(e) for e in encodings])
-    mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
-    return ids.to(device), types.to(device), mask.to(device)
-
-
 # -- what both share ---------------------------------------------------------------------------------------------------
 
 
 def _alternate(
-    modules: nn.Module, members: Mapping[str, _Member], groups: list[dict[str, object]], pace: _Pace, report: Report
+    modules: nn.Module, members: Mapping[str, _Member], groups: Sequence[Group], pace: _Pace, report: Report
 ) -> tuple[dict[str, float], int]:
     """Train; leave the parameters of the epoch with the best mean dev measure. Its measures, and tokens trained on."""
     generator = torch.Generator().manual_seed(pace.seed)
-    optimizer = torch.optim.AdamW(groups, fused=True)
     each = [math.ceil(len(member.lengths) / pace.batch_size) for member in members.values()]
-    steps, rising = pace.epochs * sum(each), max(1, int(pace.epochs * sum(each) * pace.warmup))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rising, max(0.0, (steps - step) / max(1, steps - rising)))
-    )
-    drawn = _draw(list(members.values()), pace.batch_size, generator)
+    steps = Steps(modules, groups, pace.epochs * sum(each), pace.warmup, fused=True)
+    drawn = _draw(members, pace.batch_size, generator)
     best: dict[str, float] = {}
     kept: list[Tensor] = []
     tokens = best_epoch = 0
@@ -219,14 +209,12 @@ def _alternate(
         if pace.patience and epoch - best_epoch > pace.patience:
             break
         modules.train()
-        for _ in range(sum(each)):
-            member, texts = next(drawn)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(member.loss(texts))
-            nn.utils.clip_grad_norm_(modules.parameters(), _MAX_GRADIENT_NORM)
-            optimizer.step()
-            schedule.step()
-            tokens += int(member.lengths[texts].sum())
+        with steps.round():
+            for name, texts in islice(drawn, sum(each)):
+                member = members[name]
+                shape = steps.shape(texts, member.lengths, name) if member.is_resident else None
+                steps.take(texts, member.loss, shape)
+                tokens += int(member.lengths[texts].sum())
         figures = {name: member.dev() for name, member in members.items()}
         report(epoch, _mean(figures))
         if not best or _mean(figures) > _mean(best):
@@ -238,13 +226,14 @@ def _alternate(
     return best, tokens
 
 
-def _draw(members: Sequence[_Member], batch_size: int, generator: torch.Generator) -> Iterator[tuple[_Member, Tensor]]:
+def _draw(members: Mapping[str, _Member], batch_size: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Batches without end: a task by the square root of its size, then its next batch."""
-    batches = [_endless(member.lengths, batch_size, generator) for member in members]
-    weights = torch.tensor([float(len(member.lengths)) for member in members]).sqrt()
+    batches = {name: _endless(member.lengths, batch_size, generator) for name, member in members.items()}
+    weights = torch.tensor([float(len(member.lengths)) for member in members.values()]).sqrt()
+    names = list(members)
     while True:
-        index = int(torch.multinomial(weights, 1, generator=generator))
-        yield members[index], next(batches[index])
+        name = names[int(torch.multinomial(weights, 1, generator=generator))]
+        yield name, next(batches[name])
 
 
 def _endless(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -55,27 +55,41 @@ def run_layers(
     """(number of layers passed, states) behind each of `layers`. `frozen`: as they are served, without gradients."""
     context = backbone.context(states, positions(backbone, mask, position_offset))
     run = backbone.serve_layer if frozen else backbone.run_layer
+    seen = _Visible(backbone, mask)
     for layer in layers:
-        segment = _segment(backbone, layer, mask, prefixes)
+        segment = _segment(backbone, layer, seen, prefixes)
         states = run(layer, states, [segment], context)
         yield layer + 1, states
 
 
-def _segment(backbone: Backbone, layer: int, mask: Tensor, prefixes: Sequence[LayerPrefix]) -> Segment:
-    rows = mask.shape[0]
-    seen = [
+def _segment(backbone: Backbone, layer: int, seen: _Visible, prefixes: Sequence[LayerPrefix]) -> Segment:
+    rows = seen.mask.shape[0]
+    here = [
         p.vectors[layer - p.first_layer].to(backbone.device, backbone.dtype) for p in prefixes if p.first_layer <= layer
     ]
-    if not seen:
-        return Segment(0, rows, None, None, _visible(backbone, layer, mask, 0))
-    joined = torch.cat(seen, dim=2)  # [2, heads, virtual tokens, head size]
+    if not here:
+        return Segment(0, rows, None, None, seen.of(layer, 0))
+    joined = torch.cat(here, dim=2)  # [2, heads, virtual tokens, head size]
     key, value = (side.expand(rows, -1, -1, -1) for side in joined)
-    return Segment(0, rows, key, value, _visible(backbone, layer, mask, joined.shape[2]))
+    return Segment(0, rows, key, value, seen.of(layer, joined.shape[2]))
 
 
-def _visible(backbone: Backbone, layer: int, mask: Tensor, num_virtual_tokens: int) -> Tensor | None:
-    text = None if bool(mask.all()) else mask
-    return additive_mask(text, mask.shape[1], backbone.window(layer), num_virtual_tokens, backbone.like)
+class _Visible:
+    """What tokens of some rows see: a mask for all layers that are alike in it."""
+
+    def __init__(self, backbone: Backbone, mask: Tensor) -> None:
+        self.mask = mask
+        is_full = mask.device.type == "cpu" and bool(mask.all())  # on another device the answer would be waited for
+        self._text = None if is_full else mask
+        self._backbone = backbone
+        self._made: dict[tuple[int | None, int], Tensor | None] = {}
+
+    def of(self, layer: int, num_virtual_tokens: int) -> Tensor | None:
+        window, like = self._backbone.window(layer), self._backbone.like
+        key = window, num_virtual_tokens
+        if key not in self._made:
+            self._made[key] = additive_mask(self._text, self.mask.shape[1], window, num_virtual_tokens, like)
+        return self._made[key]
 
 
 # -- keys and values of real text --------------------------------------------------------------------------------------

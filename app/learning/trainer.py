@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.domain import ProblemType
 from app.engine.heads import mean_tokens
@@ -23,9 +23,9 @@ from app.learning.chain import Chain
 from app.learning.model import TaskModel
 from app.learning.problems import IGNORED, class_weights, dev_figure, loss_of, tagged
 from app.learning.recipe import Recipe
+from app.learning.steps import Group, Steps
 
 _POOL = 64  # batches whose texts are sorted by length together: little padding, and still a new mix every epoch
-_MAX_GRADIENT_NORM = 1.0
 _POOLED_ROWS = 256
 _ROUND_ROWS = 65_536  # a round has as many at least
 _ROUND_DEV = 4  # … and so many for each row of dev: a look costs a twelfth of the round at most
@@ -38,6 +38,11 @@ class Split:
     cache: StateCache
     targets: Tensor
     order: Tensor | None = None  # lengths that batches go by [texts], where the cache has others
+
+    def to(self, device: torch.device) -> Split:
+        """With what batches are gathered by on `device`, beside the states."""
+        cache = replace(self.cache, extents=self.cache.extents.to(device))
+        return Split(cache, self.targets.to(device), self.order)
 
     @property
     def lengths(self) -> Tensor:
@@ -52,11 +57,13 @@ class Split:
         """Each text as one token, the mean of its own: all that a mean readout sees, and so in the same batches."""
         cache, count = self.cache, len(self.cache)
         width = next(iter(cache.reads.values())).shape[1]
-        reads = flat_tensors(cache.reads, count, width, torch.float32)
+        device = next(iter(cache.reads.values())).device
+        reads = flat_tensors(cache.reads, count, width, torch.float32, device)
         for texts in _in_order(cache.lengths, _POOLED_ROWS, by_length=True):
             batch = cache.gather(texts)
             for layer, flat in cache.reads.items():
-                reads[layer][texts] = mean_tokens(states_at(flat, batch), batch.mask).squeeze(1)
+                means = mean_tokens(states_at(flat, batch), batch.mask.to(flat.device)).squeeze(1)
+                reads[layer][texts.to(reads[layer].device)] = means.to(reads[layer].device)
         extents = Extents(torch.arange(count), torch.ones_like(cache.lengths), torch.zeros_like(cache.lengths))
         return Split(StateCache(extents, reads, None), self.targets, self.lengths)
 
@@ -92,13 +99,13 @@ def train(
     train_split, dev_split = splits
     recipe = model.recipe
     generator = torch.Generator().manual_seed(recipe.seed)
-    optimizer = _optimizer(model, recipe)
-    steps = recipe.epochs * -(-len(train_split.cache) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, recipe.warmup))
+    total = recipe.epochs * -(-len(train_split.cache) // recipe.batch_size)
+    steps = Steps(model, _groups(model, recipe), total, recipe.warmup)
     transitions = None
     if problem_type is ProblemType.TOKEN:
         transitions = Chain.of(train_split.tagged, labels).transitions()
     weights = class_weights(problem_type, train_split.targets, model.out.out_features, recipe.class_weight_power)
+    learner = _Learner(model, train_split, problem_type, weights, steps)
     shift = _shift(problem_type, weights)
     rounds = num_rounds(len(train_split.cache), len(dev_split.cache), recipe.batch_size)
     batches: list[Tensor] = []
@@ -109,8 +116,7 @@ def train(
         while len(epochs) < recipe.epochs * rounds and not _is_stalled(epochs, recipe.patience * rounds):
             if len(epochs) % rounds == 0:
                 batches = list(shuffled(train_split.lengths, recipe.batch_size, generator))
-            part = batches[len(epochs) % rounds :: rounds]
-            loss = _run(model, train_split, part, problem_type, optimizer, schedule, weights)
+            loss = learner.run(batches[len(epochs) % rounds :: rounds])
             logits, targets, counts = predict_logits(model, dev_split, problem_type)
             logits = logits - shift
             dev = dev_figure(problem_type, logits, targets, labels, counts, transitions, recipe.measure)
@@ -154,33 +160,39 @@ def _is_stalled(epochs: Sequence[Epoch], patience: int) -> bool:
     return patience > 0 and len(epochs) > patience and not any(epoch.is_best for epoch in epochs[-patience:])
 
 
-def _run(
-    model: TaskModel,
-    split: Split,
-    batches: Iterable[Tensor],
-    problem_type: ProblemType,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    weights: Tensor | None,
-) -> float:
-    """A step for each of `batches` [rows]. Returns their mean loss."""
-    model.train()
-    losses = []
-    for texts in batches:
-        batch = split.cache.gather(texts)
-        chosen, targets = _select(split, batch, texts, problem_type)
-        if targets.numel() == 0:
-            continue
-        device = model.out.weight.device
-        logits = model(split.cache, batch, chosen)
-        loss = loss_of(problem_type, logits, targets.to(device), None if weights is None else weights.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    return sum(losses) / max(1, len(losses))
+class _Learner:
+    """A step for each batch of a split."""
+
+    def __init__(
+        self, model: TaskModel, split: Split, problem_type: ProblemType, weights: Tensor | None, steps: Steps
+    ) -> None:
+        self._model, self._problem_type, self._steps = model, problem_type, steps
+        self._lengths = split.cache.lengths
+        self._split = split.to(steps.device)
+        self._is_resident = split.cache.is_on(steps.device)  # else states are fetched, which no capture can
+        self._weights = None if weights is None else weights.to(steps.device)
+        self._has_tags = None
+        if problem_type is ProblemType.TOKEN:
+            self._has_tags = torch.tensor([len(tags) > 0 for tags in split.tagged])
+
+    def run(self, batches: Iterable[Tensor]) -> float:
+        """`batches`: indices of texts, [rows] each. Returns their mean loss."""
+        self._model.train()
+        with self._steps.round():
+            for texts in batches:
+                if self._has_tags is not None:  # in how many places differs from batch to batch, and with it all shapes
+                    if bool(self._has_tags[texts].any()):
+                        self._steps.take(texts, self._loss, None)
+                    continue
+                shape = self._steps.shape(texts, self._lengths) if self._is_resident else None
+                self._steps.take(texts, self._loss, shape)
+        return self._steps.mean_loss()
+
+    def _loss(self, texts: Tensor, width: int | None) -> Tensor:
+        batch = self._split.cache.gather(texts, width)
+        chosen, targets = _select(self._split, batch, texts, self._problem_type)
+        logits = self._model(self._split.cache, batch, chosen)
+        return loss_of(self._problem_type, logits, targets, self._weights)
 
 
 @torch.inference_mode()
@@ -211,21 +223,16 @@ def _select(split: Split, batch: Gathered, texts: Tensor, problem_type: ProblemT
     return chosen, tags[chosen]
 
 
-def _optimizer(model: TaskModel, recipe: Recipe) -> torch.optim.Optimizer:
+def _groups(model: TaskModel, recipe: Recipe) -> list[Group]:
     """Queries and prefix have rates of their own, and no decay: their size is what makes them attend."""
     special = [
         (model.queries, recipe.query_learning_rate),
         (model.prefix, recipe.prefix_learning_rate),
     ]
     apart = {id(parameter) for parameter, _ in special}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in apart], "weight_decay": recipe.weight_decay}]
+    rest = [p for p in model.parameters() if id(p) not in apart]
     extra = [{"params": [p], "lr": rate, "weight_decay": 0.0} for p, rate in special if p is not None]
-    return torch.optim.AdamW([*groups, *extra], lr=recipe.learning_rate)
-
-
-def _rate(step: int, steps: int, warmup: float) -> float:
-    rising = max(1, int(steps * warmup))
-    return (step + 1) / rising if step < rising else max(0.0, (steps - step) / max(1, steps - rising))
+    return [{"params": rest, "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}, *extra]
 
 
 def shuffled(lengths: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
