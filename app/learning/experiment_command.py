@@ -121,8 +121,9 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def _run(args: argparse.Namespace) -> int:
     plan = plan_of(args)
     sets = Sets(plan, args.data)
-    if args.jobs > 1 and args.threads is None:
-        args.threads = max(1, cores() // min(args.jobs, len(list(steps(plan)))))
+    given = args.threads
+    if args.jobs > 1 and given is None:
+        args.threads = threads_for(args.jobs, len(list(steps(plan))))
     if args.memory is None:
         args.memory = MAX_BYTES // args.jobs
     backbone = backbones(args)[0]
@@ -136,6 +137,8 @@ def _run(args: argparse.Namespace) -> int:
         try:
             if args.jobs > 1:
                 left = unfinished(plan, results.found)
+                if given is None:  # the last steps of a run need not leave cores to others
+                    args.threads = threads_for(args.jobs, len(left))
                 run_steps(left, args.jobs, partial(_prepared, args, plan), ledger)
             else:
                 _experiment(args, plan, sets, backbone, ledger).run()
@@ -145,6 +148,11 @@ def _run(args: argparse.Namespace) -> int:
     experiment_report.write(args.out, _story(args, plan, sets, results, backbone))
     console.print(f"{args.out}", soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def threads_for(jobs: int, num_steps: int) -> int:
+    """Of each of so many processes, where that many steps are left."""
+    return max(1, cores() // max(1, min(jobs, num_steps)))
 
 
 def _prepared(args: argparse.Namespace, plan: Plan, ledger: Ledger) -> Work:

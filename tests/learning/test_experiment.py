@@ -366,6 +366,14 @@ def test_steps_at_once_find_what_one_by_one_finds(
     assert "1 thread, 2 steps at once" in (tmp_path / "two" / "EXPERIMENT.md").read_text()
 
 
+@pytest.mark.parametrize(("jobs", "num_steps", "threads"), [(4, 100, 2), (4, 2, 4), (4, 1, 8), (16, 100, 1), (2, 0, 8)])
+def test_processes_share_the_cores_as_far_as_there_are_steps(
+    jobs: int, num_steps: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment_command, "cores", lambda: 8)
+    assert experiment_command.threads_for(jobs, num_steps) == threads
+
+
 def test_a_number_of_rows_keeps_all_sets_and_few_examples_of_each(
     data: Path, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
