@@ -67,14 +67,15 @@ def cat_tokens(parts: Sequence[Tensor], dim: int = 2) -> Tensor:
 
     On a CUDA device in steps of 16 bytes: torch would copy strided tensors number by number, six times slower.
     """
-    if parts[-1].is_cuda and parts[-1].numel() >= _LARGE and not is_learned(parts) and all(map(is_wide, parts)):
+    if parts[-1].is_cuda and may_go_wide(parts):
         return cat_wide(parts, dim)
     return torch.cat(tuple(parts), dim=dim)
 
 
-def is_learned(parts: Sequence[Tensor]) -> bool:
-    """Whether a gradient goes through any."""
-    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+def may_go_wide(parts: Sequence[Tensor]) -> bool:
+    """Whether that is faster and the same: not where a gradient goes through any, which `cat_wide` would lose."""
+    is_learned = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    return parts[-1].numel() >= _LARGE and not is_learned and all(map(is_wide, parts))
 
 
 def cat_wide(parts: Sequence[Tensor], dim: int) -> Tensor:

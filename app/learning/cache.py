@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,9 @@ from app.errors import DataError
 from app.learning.rows import LayerPrefix, positions, run_layers
 
 MAX_BYTES = 4 * 10**9
-_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}  # whose states are made at once
 _STORED = torch.float16
-_SHARE_OF_FREE = 0.25  # of a GPU's memory: batches and other processes need some too
+_SHARE_OF_FREE = 0.25  # of a GPU's memory that states of some texts may take: others, batches and graphs need some too
 
 
 class Memory:
@@ -131,7 +132,8 @@ class StateCache:
 
     def is_on(self, device: torch.device) -> bool:
         """Whether all states lie there."""
-        return all(flat.device == device for flat in (*self.reads.values(), self.fork) if flat is not None)
+        there = torch.empty(0, device=device).device  # "cuda" is the current one, which has a number
+        return all(flat.device == there for flat in (*self.reads.values(), self.fork) if flat is not None)
 
     def subset(self, texts: Tensor) -> StateCache:
         """A view of these texts [texts] alone: the flat tensors, and what is indexed by token, stay as they are."""
@@ -151,8 +153,9 @@ def build_cache(
     advance: Callable[[int], None] | None = None,
     begin: tuple[int, Tensor] | None = None,
     once: bool = True,
+    batch_tokens: int | None = None,
 ) -> StateCache:
-    """Run every text. `advance` is told of texts done.
+    """Run every text. `advance` is told of texts done. `batch_tokens`: at once; None: as many as suits the device.
 
     `begin`: (layers passed, states [tokens, d]) of an earlier run to go on from; None: from the embeddings.
     `once`: a text that stands there several times is run once, and has its states in one place; not so texts of words,
@@ -166,7 +169,7 @@ def build_cache(
     total, width = int(lengths.sum()), backbone.spec.hidden_size
     kept = {*plan.cached_reads} | ({plan.fork_layer} if plan.fork_layer is not None else set())
     flat = flat_tensors(kept, total, width, _STORED, backbone.device)
-    for texts in _batches(lengths, _BATCH_TOKENS[backbone.device.type]):
+    for texts in _batches(lengths, batch_tokens or _BATCH_TOKENS[backbone.device.type]):
         batch = extents.gather(texts)
         for layer, states in _run(backbone, [distinct[i] for i in texts.tolist()], batch, plan, begin):
             target = flat.get(layer)
@@ -206,7 +209,8 @@ def flat_tensors(
     size = total * width * dtype.itemsize
     needed = size * len(layers)
     if device.type == "cuda" and needed <= torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE:
-        return {layer: torch.empty(total, width, dtype=dtype, device=device) for layer in layers}
+        with suppress(torch.OutOfMemoryError):  # another process was faster
+            return {layer: torch.empty(total, width, dtype=dtype, device=device) for layer in layers}
     if MEMORY.has_room(needed):
         return {layer: MEMORY.hold(torch.empty(total, width, dtype=dtype)) for layer in layers}
     try:

@@ -39,6 +39,7 @@ from app.learning.rows import LayerPrefix
 from app.learning.study import Tables, Watcher
 
 _METERED = "manifold_metered"
+_METERED_TOKENS = 4096  # at once: each has a weight for each other, in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +293,7 @@ def attention_mass(backbone: Backbone, encodings: Sequence[Encoding], plan: Cach
     (prefix,) = plan.prefixes
     meter = _Meter(torch.zeros(prefix.num_virtual_tokens, dtype=torch.float64))
     with _metered(backbone, meter):
-        build_cache(backbone, encodings, plan, once=False)  # each counts
+        build_cache(backbone, encodings, plan, once=False, batch_tokens=_METERED_TOKENS)  # each counts
     return meter.mass
 
 

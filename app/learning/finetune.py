@@ -147,8 +147,6 @@ def finetune(
     ]
     groups = [group | {"weight_decay": settings.weight_decay} for group in groups]
     total = settings.epochs * math.ceil(len(train.encodings) / settings.batch_size)
-    # fused: most weights are embeddings, and a step of each by itself took a sixth of the training
-    steps = Steps(model, groups, total, settings.warmup, fused=True)
     lengths, batches = train.lengths, PaddedTexts(train, device, is_tagged=is_token)
 
     def loss(texts: Tensor, width: int | None) -> Tensor:
@@ -160,6 +158,8 @@ def finetune(
         max(1, settings.epochs // _LEAST_LOOKS),
         math.ceil(len(dev.encodings) / (_LOOK_SHARE * len(train.encodings))),
     )
+    # fused: most weights are embeddings, and a step of each by itself took a sixth of the training
+    steps = Steps(model, groups, total, settings.warmup, fused=True)
     for epoch in range(1, settings.epochs + 1):
         model.train()
         with steps.round():
@@ -175,6 +175,7 @@ def finetune(
         report(epoch, figure)
         if figure > best:
             best, kept = figure, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps.close()
     model.load_state_dict(kept)
     model.eval()
     return Finetuned(model, best, time.perf_counter() - began, tokens)

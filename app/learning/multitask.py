@@ -200,11 +200,11 @@ def _alternate(
     """Train; leave the parameters of the epoch with the best mean dev measure. Its measures, and tokens trained on."""
     generator = torch.Generator().manual_seed(pace.seed)
     each = [math.ceil(len(member.lengths) / pace.batch_size) for member in members.values()]
-    steps = Steps(modules, groups, pace.epochs * sum(each), pace.warmup, fused=True)
     drawn = _draw(members, pace.batch_size, generator)
     best: dict[str, float] = {}
     kept: list[Tensor] = []
     tokens = best_epoch = 0
+    steps = Steps(modules, groups, pace.epochs * sum(each), pace.warmup, fused=True)
     for epoch in range(1, pace.epochs + 1):
         if pace.patience and epoch - best_epoch > pace.patience:
             break
@@ -218,7 +218,12 @@ def _alternate(
         figures = {name: member.dev() for name, member in members.items()}
         report(epoch, _mean(figures))
         if not best or _mean(figures) > _mean(best):
-            best_epoch, best, kept = epoch, figures, [parameter.detach().clone() for parameter in modules.parameters()]
+            best_epoch, best, kept = (
+                epoch,
+                figures,
+                [parameter.detach().clone() for parameter in modules.parameters()],
+            )
+    steps.close()
     with torch.no_grad():
         for parameter, value in zip(modules.parameters(), kept, strict=True):
             parameter.copy_(value)

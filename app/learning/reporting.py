@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from app.learning.finetune import FinetuneSettings, Texts, finetune, whole_logit
 from app.learning.recipe import Recipe
 from app.learning.report import render
 from app.learning.search import Found
+from app.learning.steps import release_memory
 from app.learning.study import Fitted, Study, Tables
 from app.learning.writer import REPORT
 
@@ -70,8 +70,7 @@ def baselines(
         except Exception as error:
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             study.watcher.notice([f"the baseline {name} failed and is left out: {type(error).__name__}: {reason}"])
-        if study.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()  # what one that ran out of memory held
+        release_memory(study.backbone.device)  # what one that ran out of it held
     return found, False
 
 

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class _Graph:
 
 
 class Steps:
-    """Steps that train all parameters of some modules. Not for several threads."""
+    """Steps that train all parameters of some modules, until `close`. Not for several threads."""
 
     def __init__(
         self,
@@ -70,8 +71,8 @@ class Steps:
         on_cuda = self.device.type == "cuda"
         if on_cuda:  # a captured step reads its rate where it runs
             groups = [{**group, "lr": torch.tensor(group["lr"], device=self.device)} for group in groups]
-        self._stream = torch.cuda.Stream(self.device) if on_cuda else None  # type: ignore[no-untyped-call]
-        self._capture = _Capturing() if capture is None and on_cuda else capture
+        self._stream = _side_stream(self.device) if on_cuda else None
+        self._capture = _Capturing() if capture is None and on_cuda and _Capturing.is_possible else capture
         self._optimizer = torch.optim.AdamW(map(dict, groups), fused=fused or on_cuda, capturable=on_cuda)
         self._total, self._rising = total, max(1, int(total * warmup))
         self._taken = 0
@@ -79,6 +80,7 @@ class Steps:
         self._num_summed = 0
         self._seen: Counter[Shape] = Counter()
         self._graphs: dict[Shape, _Graph] = {}
+        self._longest: dict[str, int] = {}  # text of each task
         self._set_rates()
 
     def shape(self, texts: Tensor, lengths: Tensor, task: str = "") -> Shape | None:
@@ -86,8 +88,10 @@ class Steps:
         the longest then."""
         if self._capture is None:
             return None
+        if task not in self._longest:
+            self._longest[task] = int(lengths.max())
         rounded = -(-int(lengths[texts].max()) // _WIDTH_STEP) * _WIDTH_STEP
-        return Shape(task, len(texts), min(rounded, int(lengths.max())))
+        return Shape(task, len(texts), min(rounded, self._longest[task]))
 
     @contextmanager
     def round(self) -> Iterator[None]:
@@ -97,9 +101,11 @@ class Steps:
             return
         outside = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream):  # autograd remembers it for each parameter: no other may be captured
-            yield
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):  # autograd remembers it for each parameter: no other may be captured
+                yield
+        finally:
+            outside.wait_stream(self._stream)
 
     def take(self, texts: Tensor, loss: Loss, shape: Shape | None) -> None:
         """One step on `texts`, indices [rows].
@@ -108,9 +114,9 @@ class Steps:
         """
         graph = None if shape is None else self._graphs.get(shape) or self._captured(texts, loss, shape)
         if graph is None:
-            self._step(texts.to(self.device), loss, shape)
+            self._step(self._brought(texts), loss, shape)
         else:
-            graph.texts.copy_(texts)
+            graph.texts.copy_(self._brought(texts))
             graph.replay()
         self._taken += 1
         self._num_summed += 1
@@ -122,6 +128,18 @@ class Steps:
         self._sum.zero_()
         self._num_summed = 0
         return mean
+
+    def close(self) -> None:
+        """Give back what steps have taken of the device's memory, but for the parameters."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._graphs.clear()
+        release_memory(self.device)  # of graphs' own memory nobody else is given any
+
+    def _brought(self, texts: Tensor) -> Tensor:
+        """To the device, without waiting for the step before."""
+        if self.device.type == "cpu":
+            return texts
+        return texts.pin_memory().to(self.device, non_blocking=True)
 
     def _step(self, texts: Tensor, loss: Loss, shape: Shape | None) -> None:
         found = loss(texts, None if shape is None else shape.width)
@@ -147,19 +165,35 @@ class Steps:
         self._seen[shape] += 1
         if self._seen[shape] <= _SEEN_BEFORE:
             return None
-        here = texts.to(self.device, copy=True)
+        here = self._brought(texts.clone())
         try:
             replay = self._capture(lambda: self._step(here, loss, shape))
         except Exception:
-            log.exception("steps of this training cannot be captured as a CUDA graph, and are launched one by one")
+            log.exception("steps of training cannot be captured as a CUDA graph, and are launched one by one")
             self._capture = None
+            self._graphs.clear()
             return None
         self._graphs[shape] = graph = _Graph(here, replay)
         return graph
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what torch holds for nobody of the device's memory."""
+    if device.type == "cuda" and _Capturing.is_possible:  # else its allocator takes a capture to be under way
+        torch.cuda.empty_cache()
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all trainings: memory that one has used is another's on the same stream alone."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class _Capturing:
     """CUDA graphs of one memory pool: they run one after another, and nothing of one is read in the next."""
+
+    is_possible = True  # of the process: behind a capture that failed torch's allocator is not as before
+    _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []  # which it still asks
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -167,9 +201,14 @@ class _Capturing:
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """On the current stream, which all that the graph reads was made on."""
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
-            run()
-        finally:
-            graph.capture_end()
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        except BaseException:
+            type(self).is_possible = False
+            self._failed.append(graph)
+            raise
         return graph.replay

@@ -248,7 +248,7 @@ class Study:
         """A split as the recipe's readout sees it: of frozen states, what is the same in every epoch is done once."""
         split = self.split(plan, name)
         is_fixed_mean = recipe.readout is ReadoutKind.MEAN and plan.fork_layer is None
-        return split.pooled() if is_fixed_mean else split
+        return split.pooled(self.backbone.device) if is_fixed_mean else split
 
     def texts(self, name: str) -> tuple[list[Encoding], Tensor]:
         """Encodings and targets of one table as the bare trunk reads them."""

@@ -53,11 +53,13 @@ class Split:
         """The tag ids of each text's tagged tokens."""
         return tagged(self.targets, self.cache.lengths.tolist())
 
-    def pooled(self) -> Split:
-        """Each text as one token, the mean of its own: all that a mean readout sees, and so in the same batches."""
+    def pooled(self, device: torch.device) -> Split:
+        """Each text as one token, the mean of its own: all that a mean readout sees, and so in the same batches.
+
+        `device`: where it is trained on them.
+        """
         cache, count = self.cache, len(self.cache)
         width = next(iter(cache.reads.values())).shape[1]
-        device = next(iter(cache.reads.values())).device
         reads = flat_tensors(cache.reads, count, width, torch.float32, device)
         for texts in _in_order(cache.lengths, _POOLED_ROWS, by_length=True):
             batch = cache.gather(texts)
@@ -132,6 +134,7 @@ def train(
         if not kept:
             raise
         epochs = [replace(epoch, was_interrupted=True) for epoch in epochs]
+    steps.close()
     if not kept:
         raise DataError("training diverged, its dev score is not a number: lower --learning-rate")
     model.load_state_dict(kept)

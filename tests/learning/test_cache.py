@@ -145,10 +145,10 @@ def test_pooled_states_take_their_part_of_it(
 ) -> None:
     cache = build_cache(backbone, encodings, BARE)
     memory.max_bytes = 1000
-    pooled = Split(cache, torch.zeros(len(encodings))).pooled().cache
+    pooled = Split(cache, torch.zeros(len(encodings))).pooled(backbone.device).cache
     assert mapped_bytes(folder) >= 2 * len(encodings) * backbone.spec.hidden_size * 4
     memory.max_bytes = 10**9
-    assert equal(pooled, Split(cache, torch.zeros(len(encodings))).pooled().cache)
+    assert equal(pooled, Split(cache, torch.zeros(len(encodings))).pooled(backbone.device).cache)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def test_pooled_states_give_the_same_logits_in_the_same_batches(tmp_path: Path, 
     mean = study.completed(recipe(readout=ReadoutKind.MEAN, read_layers=(1, 3), hidden=0, epochs=1))
     fitted, frozen = study.fit(mean), read_frozen(mean, backbone.spec)
     split = study.split(cache_plan(mean, frozen), "train")
-    pooled = split.pooled()
+    pooled = split.pooled(backbone.device)
     kind = study.tables.problem_type
     both = [predict_logits(fitted.model, one, kind)[0] for one in (split, pooled)]
     torch.testing.assert_close(*both, rtol=0, atol=1e-5)
