@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -63,7 +64,7 @@ class PaddedTexts:
         """`is_tagged`: targets are of tokens."""
 
         def flat(rows: Iterable[Sequence[int]]) -> Tensor:
-            return torch.tensor(list(chain.from_iterable(rows)), device=device)
+            return torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int32)).to(device)
 
         lengths = texts.lengths
         self._ids = flat(encoding.input_ids for encoding in texts.encodings)
@@ -77,7 +78,7 @@ class PaddedTexts:
         tokens [rows, tokens]. `width`: as `Extents.gather` takes it."""
         texts = texts.to(self._ids.device)
         batch = self._extents.gather(texts, width)
-        ids, types = (flat[batch.index].masked_fill(~batch.mask, 0) for flat in (self._ids, self._types))
+        ids, types = (flat[batch.index].masked_fill(~batch.mask, 0).long() for flat in (self._ids, self._types))
         if self._is_tagged:
             return ids, types, batch.mask, self._targets[batch.index].masked_fill(~batch.mask, IGNORED)
         return ids, types, batch.mask, self._targets[texts]
