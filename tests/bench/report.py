@@ -6,6 +6,7 @@ Measures nothing.
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -52,15 +53,13 @@ WHAT_STANDS_IN_THE_WAY = """## What stands in the way
 - **p99 while versions are loaded on a GPU.** The four clients of that measurement, the engine and the loader share
   one Python interpreter; loading takes 2 to 3 ms of it per version. On the device the copies have a stream of their
   own.
-- **Watching.** What it adds to a request's processor time is between one and two percent (the page has both). But two
-  cores run the layers in step: what is taken from one is waited for on the other, so throughput gives up two to three
-  times that. Single rounds move by a tenth either way, and whole runs of one day by two hundredths. On a host twice as
-  fast, 14 rounds of 4 s each had 0.94 (five answers) and 0.93 (one).
-  Lines, spans and rows are made in Python: measured each alone, the line took about 40 of 83 µs a request (a third
-  less since), the prediction log 15, spans 10. Since then a span is written in 2.8 for 6.7 µs (warm, in turn in one
-  process), and the rows of a request with five answers become Parquet in 71 for 82 µs (72 for 167 to 205 in a process's
-  first file), once their file is full. A lower priority for the threads that write, lines made on the log's thread, and
-  a shorter switch interval of the interpreter, brought nothing that throughput shows.
+- **Watching.** What it adds to a request's processor time is two and a half percent ([WATCHING.md](WATCHING.md)). But
+  two cores run the layers in step: what is taken from one is waited for on the other, so that with one answer of 16
+  tokens throughput gives up twice that. Lines, spans and rows are made in Python: with one answer in 11 µs a request
+  when nothing else runs, which are 35 to 50 beside two threads that keep both cores busy. Threads that burn a fixed
+  share of a core took one and a half times that share of throughput, whether they held the interpreter for long, let go
+  of it each 50 to 200 µs, or were another process. Lower priorities, a shorter switch interval of the interpreter, and
+  longer and shorter intervals of the threads that write, brought nothing that throughput shows.
 
 ## What was measured and left out
 
@@ -101,8 +100,8 @@ def write_report() -> str:
     for name, text in there.items():
         title = text[0].removeprefix("# ")
         lines.append(f"| [{title}]({name}.md) | `make {REPORTS[name]}` | {_conditions(text)} |")
-    verdicts = {name: [line for line in text if _VERDICT.search(line)] for name, text in there.items()}
-    all_lines = [line for of_report in verdicts.values() for line in of_report]
+    verdicts = {name: _verdicts(text) for name, text in there.items()}
+    all_lines = [line for of_report in verdicts.values() for _, line in of_report]
     missed = sum("**not met**" in line for line in all_lines)
     lines += ["", f"Of {len(all_lines)} verdicts on targets {missed} are “not met”.", ""]
     for name, of_report in verdicts.items():
@@ -117,13 +116,28 @@ def _conditions(text: list[str]) -> str:
     return line.split(". Written")[0]
 
 
-def _shown(verdicts: list[str]) -> list[str]:
-    """Lines of tables as they are, under one empty head; sentences as a list."""
-    rows = [line for line in verdicts if line.startswith("|")]
-    columns = max((line.count("|") for line in rows), default=0) - 1
-    padded = [line + " |" * (columns + 1 - line.count("|")) for line in rows]
-    table = ["|" + " |" * columns, "|" + "---|" * columns, *padded] if rows else []
-    return table + [f"- {line.removeprefix('- ')}" for line in verdicts if not line.startswith("|")]
+def _verdicts(text: list[str]) -> list[tuple[str, str]]:
+    """Lines with a verdict, each with the head of the table that it stands in; "": in none."""
+    found, head = [], ""
+    for line, following in zip(text, [*text[1:], ""], strict=True):
+        if following.startswith("|") and set(following) <= set("|-: "):
+            head = line
+        elif not line.startswith("|"):
+            head = ""
+        if _VERDICT.search(line) and line != head:
+            found.append((head, line))
+    return found
+
+
+def _shown(verdicts: list[tuple[str, str]]) -> list[str]:
+    """Lines of tables under their heads; sentences as a list."""
+    lines = []
+    for head, group in groupby(verdicts, key=lambda verdict: verdict[0]):
+        if head:
+            lines += [head, "|" + "---|" * (head.count("|") - 1), *(line for _, line in group), ""]
+        else:
+            lines += [*(f"- {line.removeprefix('- ')}" for _, line in group), ""]
+    return lines[:-1]
 
 
 def main() -> None:
