@@ -279,9 +279,9 @@ def test_a_long_epoch_is_seen_in_rounds_and_an_interrupt_within_it_loses_little(
     gathered: list[int] = []
     before = StateCache.gather
 
-    def gather(cache: StateCache, texts: torch.Tensor) -> Gathered:
+    def gather(cache: StateCache, texts: torch.Tensor, width: int | None = None) -> Gathered:
         gathered.extend(texts.tolist() if len(cache) == 80 else [])
-        return before(cache, texts)
+        return before(cache, texts, width)
 
     monkeypatch.setattr(StateCache, "gather", gather)
     fitted = study.fit(chosen)
