@@ -95,11 +95,11 @@ def train_shared_prefix(
 
     def member(name: str) -> _Member:
         study, model, (train, dev) = studies[name], models[name], splits[name]
-        resident = train.to(backbone.device)
+        here = train.to(backbone.device)
 
         def loss(texts: Tensor, width: int | None) -> Tensor:
-            found = model(resident.cache, resident.cache.gather(texts, width))
-            return loss_of(_kind(study), found, resident.targets[texts])
+            found = model(here.cache, here.cache.gather(texts, width))
+            return loss_of(_kind(study), found, here.targets[texts])
 
         def look() -> float:
             return _dev(study, logits(name, "dev"), dev.targets)
@@ -218,11 +218,7 @@ def _alternate(
         figures = {name: member.dev() for name, member in members.items()}
         report(epoch, _mean(figures))
         if not best or _mean(figures) > _mean(best):
-            best_epoch, best, kept = (
-                epoch,
-                figures,
-                [parameter.detach().clone() for parameter in modules.parameters()],
-            )
+            best_epoch, best, kept = epoch, figures, [parameter.detach().clone() for parameter in modules.parameters()]
     steps.close()
     with torch.no_grad():
         for parameter, value in zip(modules.parameters(), kept, strict=True):

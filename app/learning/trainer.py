@@ -172,7 +172,8 @@ class _Learner:
         self._model, self._problem_type, self._steps = model, problem_type, steps
         self._lengths = split.cache.lengths
         self._split = split.to(steps.device)
-        self._is_resident = split.cache.is_on(steps.device)  # else states are fetched, which no capture can
+        # else states are fetched, or how many tags are read differs from batch to batch: no capture can do either
+        self._has_shapes = problem_type is not ProblemType.TOKEN and split.cache.is_on(steps.device)
         self._weights = None if weights is None else weights.to(steps.device)
         self._has_tags = None
         if problem_type is ProblemType.TOKEN:
@@ -183,12 +184,9 @@ class _Learner:
         self._model.train()
         with self._steps.round():
             for texts in batches:
-                if self._has_tags is not None:  # in how many places differs from batch to batch, and with it all shapes
-                    if bool(self._has_tags[texts].any()):
-                        self._steps.take(texts, self._loss, None)
-                    continue
-                shape = self._steps.shape(texts, self._lengths) if self._is_resident else None
-                self._steps.take(texts, self._loss, shape)
+                if self._has_tags is None or bool(self._has_tags[texts].any()):
+                    shape = self._steps.shape(texts, self._lengths) if self._has_shapes else None
+                    self._steps.take(texts, self._loss, shape)
         return self._steps.mean_loss()
 
     def _loss(self, texts: Tensor, width: int | None) -> Tensor:

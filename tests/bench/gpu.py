@@ -1,7 +1,7 @@
 """`make bench-gpu`: what a CUDA device makes of large and small batches, beside its matrix rate. Writes GPU.md.
 
 Encoders have random weights in the shapes of bert-base and roberta-large: speed does not depend on what they know.
-Needs torch, transformers and what learning imports, and no server's packages.
+Needs torch and transformers, and for learning what that imports; no server's packages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 
 import torch
@@ -22,18 +22,12 @@ import transformers
 from torch import nn
 from transformers import AutoModel, BertConfig, PreTrainedConfig, RobertaConfig
 
-from app.domain import Encoding, EngineRequest, InputKind, ProblemType, ReadoutKind, TaskVersion
+from app.domain import Encoding, EngineRequest, TaskVersion
 from app.engine.artifact import Artifact
 from app.engine.backbone import Backbone
 from app.engine.engine import Engine
 from app.engine.graphs import run_trunk
 from app.engine.plan import make_plan
-from app.learning import steps
-from app.learning.cache import Extents, StateCache
-from app.learning.model import TaskModel
-from app.learning.prepare import Frozen, cache_plan, initial_prefix
-from app.learning.recipe import Recipe
-from app.learning.trainer import Split, train
 from tests.engine.models import make_artifact, random_encoding
 
 REPORT = Path(__file__).with_name("GPU.md")
@@ -51,8 +45,6 @@ ROBERTA_LARGE = RobertaConfig(
     max_position_embeddings=514,
     type_vocab_size=1,
 )
-MINILM = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-LABELS = 28
 _AGREES = 1e-4
 
 
@@ -268,58 +260,11 @@ def under_traffic(engine: Engine, request: EngineRequest, artifacts: Sequence[Ar
         return [ms for client in clients for ms in client.result()]
 
 
-def learning(device: str = "cuda") -> Iterator[Line]:
-    """A prefix, and a readout of frozen states: a step of each, as a graph and kernel by kernel."""
-    backbone = Backbone.from_model(random_network(MINILM), "minilm", device=device, dtype="bfloat16")
-    cases = {
-        "a prefix from the middle layer on": {
-            "readout": ReadoutKind.MEAN,
-            "hidden": 0,
-            "num_virtual_tokens": VIRTUAL_TOKENS,
-            "first_layer": 3,
-        },
-        "an attention readout of three layers": {"readout": ReadoutKind.ATTENTION},
-    }
-    for what, settings in cases.items():
-        recipe = Recipe("task", epochs=1, patience=0, **settings).completed(
-            ProblemType.SINGLE_LABEL, LABELS, backbone.spec, InputKind.TEXT
-        )
-        split = random_split(backbone, recipe)
-        each_ms = {}
-        for graphed in (True, False):
-            steps._Capturing.is_possible = graphed
-            each_ms[graphed] = min(step_ms(backbone, recipe, split) for _ in range(3))
-        steps._Capturing.is_possible = True
-        ratio = each_ms[False] / each_ms[True]
-        yield Line(
-            f"learning {what}, 32 texts of 8 to 40 tokens a step",
-            f"{each_ms[True]:.2f} ms, kernel by kernel {each_ms[False]:.2f} ms: {ratio:.1f} ×",
-        )
+def learning() -> Iterator[Line]:
+    """What a step of it takes."""
+    from tests.bench.gpu_learning import step_times  # imports more than the rest of this page needs
 
-
-def random_split(backbone: Backbone, recipe: Recipe, texts: int = 6400) -> Split:
-    """Frozen states of no text in particular."""
-    plan = cache_plan(recipe, Frozen())
-    lengths = torch.randint(8, 41, (texts,))
-    flat = {
-        layer: torch.randn(int(lengths.sum()), backbone.spec.hidden_size, device=backbone.device).half()
-        for layer in {*plan.cached_reads, *([] if plan.fork_layer is None else [plan.fork_layer])}
-    }
-    extents = Extents(lengths.cumsum(0) - lengths, lengths, torch.zeros_like(lengths))
-    fork = None if plan.fork_layer is None else flat[plan.fork_layer]
-    cache = StateCache(extents, {layer: flat[layer] for layer in plan.cached_reads}, fork)
-    return Split(cache, torch.randint(0, LABELS, (texts,)))
-
-
-def step_ms(backbone: Backbone, recipe: Recipe, split: Split) -> float:
-    """Of one epoch, with the captures that it makes, and a look at a few rows."""
-    torch.manual_seed(0)
-    model = TaskModel(recipe, backbone, LABELS, initial_prefix(recipe, backbone, split.cache)).to(backbone.device)
-    few = torch.arange(64)
-    look = Split(split.cache.subset(few), split.targets[few])
-    began = time.perf_counter()
-    train(model, (split, look), ProblemType.SINGLE_LABEL, tuple(map(str, range(LABELS))), lambda _: None)
-    return 1000 * (time.perf_counter() - began) / -(-len(split.cache) // recipe.batch_size)
+    return starmap(Line, step_times("cuda"))
 
 
 def exactness() -> Iterator[Line]:
