@@ -46,8 +46,19 @@ def require_wrk() -> None:
         raise SystemExit("the load generator wrk is not installed: apt-get install -y wrk")
 
 
-def run_wrk(url: str, calls: Sequence[Call], texts: Path, connections: int, seconds: int, start: int = 0) -> Load:
-    """`calls` are sent one after the other for each text; with several, a text is done when all are."""
+def run_wrk(
+    url: str,
+    calls: Sequence[Call],
+    texts: Path,
+    connections: int,
+    seconds: int,
+    start: int = 0,
+    settling_s: float = 0.0,
+) -> Load:
+    """`calls` are sent one after the other for each text; with several, a text is done when all are.
+
+    Texts a second are those behind the first `settling_s`; all else is of the whole run.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as file:
         file.write("".join(f"{call.path}\t{call.before}\t{call.after}\n" for call in calls))
         file.flush()
@@ -59,7 +70,7 @@ def run_wrk(url: str, calls: Sequence[Call], texts: Path, connections: int, seco
         raise RuntimeError(f"wrk ended with {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
     said = json.loads(lines[0].removeprefix("manifold "))
     return Load(
-        rate_s(said["arrivals_us"], connections) / len(calls),
+        rate_s(said["arrivals_us"], connections, settling_s) / len(calls),
         said["p50_us"] / 1000,
         said["p95_us"] / 1000,
         said["p99_us"] / 1000,
@@ -68,12 +79,13 @@ def run_wrk(url: str, calls: Sequence[Call], texts: Path, connections: int, seco
     )
 
 
-def rate_s(arrivals_us: Sequence[float], connections: int) -> float:
-    """Answers a second: the slope of their count over time, behind the first `connections` of them.
+def rate_s(arrivals_us: Sequence[float], connections: int, settling_s: float = 0.0) -> float:
+    """Answers a second: the slope of their count over time, behind the first `connections` of them and `settling_s`.
 
     Answers come in bursts as large as a batch; a count over a span would be wrong by up to one burst.
     """
     settled = arrivals_us[connections:] if len(arrivals_us) >= 3 * connections else arrivals_us
+    settled = [arrival_us for arrival_us in settled if arrival_us >= settling_s * 1e6]
     if len(settled) < 3 or settled[-1] == settled[0]:
         return 0.0
     slope, _ = statistics.linear_regression(settled, range(len(settled)))

@@ -58,6 +58,7 @@ class Running:
     server: Server
     url: str
     process: subprocess.Popen[bytes]
+    log: Path
 
     def pause(self) -> None:
         """Nothing of it runs while others are measured."""
@@ -101,7 +102,7 @@ def running(
                 failures[server.name] = f"{server.environment} is not there: make bench-peers installs it"
         for name, one in list(begun.items()):
             try:
-                _wait(one, folder)
+                _wait(one)
                 one.pause()
             except StartError as error:
                 failures[name] = str(error)
@@ -116,7 +117,8 @@ def _begin(server: Server, threads: int, folder: Path) -> Running:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     program, *arguments = server.arguments(port)
-    with _log(server, folder).open("wb") as log:
+    log_file = folder / f"{server.name.replace(' ', '-').replace('/', '-')}.log"
+    with log_file.open("wb") as log:
         process = subprocess.Popen(
             [str(ROOT / server.environment / "bin" / program), *arguments],
             cwd=server.folder,
@@ -125,17 +127,17 @@ def _begin(server: Server, threads: int, folder: Path) -> Running:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Running(server, f"http://127.0.0.1:{port}", process)
+    return Running(server, f"http://127.0.0.1:{port}", process, log_file)
 
 
-def _wait(one: Running, folder: Path) -> None:
+def _wait(one: Running) -> None:
     """Until a request of each job has been answered. Raises StartError."""
     until_s = time.monotonic() + _START_S
     waiting = [call for work in one.server.jobs.values() for call in work.calls]
     said = "it does not answer"
     while waiting:
         if one.process.poll() is not None or time.monotonic() > until_s:
-            log = _log(one.server, folder).read_text(errors="replace").strip()
+            log = one.log.read_text(errors="replace").strip()
             raise StartError(f"{said}; its log ends: {' '.join(log.split())[-600:]}")
         headers = {"content-type": "application/json"}
         try:
@@ -150,10 +152,6 @@ def _wait(one: Running, folder: Path) -> None:
         else:
             said = f"it answers {answer.status_code} {answer.text[:300]}"
             time.sleep(0.2)
-
-
-def _log(server: Server, folder: Path) -> Path:
-    return folder / f"{server.name.replace(' ', '-').replace('/', '-')}.log"
 
 
 # -- Manifold ----------------------------------------------------------------------------------------------------------
