@@ -95,7 +95,8 @@ class BackboneSpec:
 class Readout:
     kind: ReadoutKind
     layers: tuple[int, ...]  # ascending, 1…L: the states after that layer
-    num_queries: int = 0  # learned queries a layer (attention and matching only)
+    num_queries: int = 0  # learned queries a layer, of each member (attention and matching only)
+    num_members: int = 1  # readouts with a hidden layer each, whose logits are averaged
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,7 @@ class ReadoutView(BaseModel):
     kind: ReadoutKind
     layers: list[int]
     num_queries: int
+    num_members: int = Field(description="readouts whose logits are averaged, each with so many queries")
 
 
 class VersionView(RecordView):

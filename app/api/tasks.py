@@ -91,7 +91,12 @@ def _view(catalog: Catalog, task: TaskRecord, record: VersionRecord) -> VersionV
         input_kind=version.input_kind,
         labels=list(version.labels),
         thresholds=list(version.thresholds),
-        readout=ReadoutView(kind=readout.kind, layers=list(readout.layers), num_queries=readout.num_queries),
+        readout=ReadoutView(
+            kind=readout.kind,
+            layers=list(readout.layers),
+            num_queries=readout.num_queries,
+            num_members=readout.num_members,
+        ),
         prefixes=[
             PrefixView(digest=p.digest, num_virtual_tokens=p.num_virtual_tokens, first_layer=p.first_layer)
             for p in version.prefixes

@@ -64,7 +64,12 @@ def version_of(manifest: Mapping[str, Any], digest: str, number: int) -> TaskVer
         digest=digest,
         problem_type=ProblemType(manifest["problem_type"]),
         labels=tuple(manifest["labels"]),
-        readout=Readout(ReadoutKind(readout["kind"]), tuple(readout["layers"]), readout.get("num_queries", 0)),
+        readout=Readout(
+            ReadoutKind(readout["kind"]),
+            tuple(readout["layers"]),
+            readout.get("num_queries", 0),
+            readout.get("num_members", 1),
+        ),
         input_kind=InputKind(manifest.get("input", "text")),
         prefixes=tuple(Prefix(p["digest"], p["num_virtual_tokens"], p["first_layer"]) for p in manifest["prefixes"]),
         position_offset=manifest.get("position_offset", 0),

@@ -43,7 +43,7 @@ def prefix_digest(flat: Tensor, first_layer: int) -> str:
 
 
 def feature_size(readout: Readout, hidden_size: int) -> int:
-    """The length of the vector (or of each token's vector) that a head reads."""
+    """The length of the vector (or of each token's vector) that a head, or each of its members, reads."""
     pooled = 1 + readout.num_queries if readout.kind.has_queries else 1
     sides = 4 if readout.kind is ReadoutKind.MATCHING else 1  # both texts of a pair, their difference, their product
     return len(readout.layers) * sides * pooled * hidden_size
@@ -72,6 +72,7 @@ def _manifest_faults(manifest: Mapping[str, Any], spec: BackboneSpec) -> list[st
         faults += _head_faults(_mapping(manifest, "head"))
     faults += _golden_faults(manifest.get("golden", []))
     faults += _token_faults(manifest)
+    faults += _member_faults(manifest)
     if _mapping(manifest, "readout").get("kind") == ReadoutKind.MATCHING and manifest.get("input") != InputKind.PAIR:
         faults.append("the readout matching compares the texts of a pair, and the input is not pair")
     faults += baseline_faults(manifest)
@@ -175,6 +176,20 @@ def _token_faults(manifest: Mapping[str, Any]) -> list[str]:
     )
 
 
+def _member_faults(manifest: Mapping[str, Any]) -> list[str]:
+    """Only what has hidden layers gains by an average: that of linear heads is one linear head."""
+    readout = _mapping(manifest, "readout")
+    num_members = readout.get("num_members", 1)
+    if not _is_count(num_members, 1):
+        return ["readout.num_members must be a number from 1"]
+    can_have = readout.get("kind") in [kind for kind in ReadoutKind if kind.has_queries]
+    can_have &= _mapping(manifest, "head").get("kind") == HeadKind.HIDDEN
+    can_have &= manifest.get("problem_type") != ProblemType.EMBEDDING
+    if num_members > 1 and not can_have:
+        return [f"readout.num_members is {num_members}: only readouts with queries and a hidden layer have several"]
+    return []
+
+
 def _golden_faults(golden: Any) -> list[str]:
     is_list = isinstance(golden, list)
     if not is_list or not all(isinstance(g, dict) and isinstance(g.get("text"), str) for g in golden):
@@ -193,9 +208,10 @@ def _expected_shapes(manifest: Mapping[str, Any], spec: BackboneSpec) -> dict[st
         for name, prefix in zip(prompt_names(manifest), manifest["prefixes"], strict=True)
     }
     layers, num_queries = manifest["readout"]["layers"], manifest["readout"].get("num_queries", 0)
-    readout = Readout(ReadoutKind(manifest["readout"]["kind"]), tuple(layers), num_queries)
+    num_members = manifest["readout"].get("num_members", 1)
+    readout = Readout(ReadoutKind(manifest["readout"]["kind"]), tuple(layers), num_queries, num_members)
     if readout.kind.has_queries:
-        shapes[QUERIES] = (len(layers), num_queries, spec.hidden_size)
+        shapes[QUERIES] = (len(layers), num_members * num_queries, spec.hidden_size)
     if manifest["problem_type"] == ProblemType.EMBEDDING:
         return shapes
     outputs = 1 if manifest["problem_type"] == ProblemType.REGRESSION else len(manifest["labels"])
@@ -239,6 +255,9 @@ def _hidden_size_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tenso
     if manifest["problem_type"] == ProblemType.EMBEDDING or manifest["head"]["kind"] != HeadKind.HIDDEN:
         return []
     weight, bias, out, _ = (tensors[name] for name in head_tensor_names(HeadKind.HIDDEN))
+    num_members = manifest["readout"].get("num_members", 1)
+    if weight.shape[0] % num_members:
+        return [f"the head's dense has {weight.shape[0]} rows, which are not alike for {num_members} members"]
     if weight.shape[0] == bias.shape[0] == out.shape[1]:
         return []
     return [f"the head's parts do not fit: dense {tuple(weight.shape)}, out_proj {tuple(out.shape)}"]

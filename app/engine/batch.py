@@ -85,6 +85,11 @@ class Readers:
     residents: tuple[ResidentVersion, ...]  # theirs
     readout: Readout
 
+    @property
+    def num_members(self) -> int:
+        """Of all versions."""
+        return len(self.versions) * self.readout.num_members
+
 
 @dataclass(frozen=True, slots=True)
 class Read:

@@ -40,8 +40,8 @@ def head_tensor_names(kind: HeadKind) -> tuple[str, ...]:
 class ResidentHead:
     """A version's readout queries and head, in float32 on the device."""
 
-    queries: Tensor | None  # [layers read, num_queries, d]
-    dense: Linear | None  # features → hidden
+    queries: Tensor | None  # [layers read, members × num_queries, d]
+    dense: tuple[Linear, ...]  # features → hidden, of each member; none: a linear head
     activation: str
     out: Linear | None  # features or hidden → labels; None: the features are the answer (embeddings)
     problem_type: ProblemType
@@ -55,25 +55,34 @@ class ResidentHead:
         if version.readout.kind.has_queries:
             queries = tensors[QUERIES].to(bank.device, torch.float32, copy=True).contiguous()
         if version.problem_type is ProblemType.EMBEDDING:
-            return cls(queries, None, "", None, version.problem_type)
+            return cls(queries, (), "", None, version.problem_type)
         names = head_tensor_names(HeadKind(manifest["head"]["kind"]))
         pairs = zip(names[::2], names[1::2], strict=True)
-        *dense, out = (bank.place(tensors[weight], tensors[bias]) for weight, bias in pairs)
+        *dense, (weight, bias) = [(tensors[weight], tensors[bias]) for weight, bias in pairs]
+        count = version.readout.num_members
+        parts = [part for w, b in dense for part in zip(w.chunk(count), b.chunk(count), strict=True)]
+        layers = tuple(bank.place(*part) for part in parts)
         activation = manifest["head"].get("activation", "tanh")
         transitions = tensors.get(TRANSITIONS)
         if transitions is not None:
             transitions = transitions.to(bank.device, torch.float32, copy=True)
-        return cls(queries, dense[0] if dense else None, activation, out, version.problem_type, transitions)
+        return cls(queries, layers, activation, bank.place(weight, bias), version.problem_type, transitions)
 
     @property
     def order(self) -> tuple[object, ...]:
         """Heads sorted by it: equal shapes stand together, and neighbours in memory beside each other."""
-        places = [layer.place for layer in (self.dense, self.out) if layer is not None]
+        places = [layer.place for layer in (*self.dense, self.out) if layer is not None]
         return *_hidden_stage(self), *_out_stage(self), *places
 
     def scores(self, features: Tensor) -> Tensor:
-        """Features [..., features] → scores [..., labels]."""
-        hidden = features if self.dense is None else ACTIVATIONS[self.activation](self.dense(features))
+        """Features [..., features], with several members [members, rows, features] → scores [..., labels]."""
+        match self.dense:
+            case ():
+                hidden = features
+            case (dense,):
+                hidden = ACTIVATIONS[self.activation](dense(features))
+            case _:
+                hidden = _hidden([self], features)[0]
         return scores_of(self.problem_type, hidden if self.out is None else self.out(hidden))
 
     def tags(self, probabilities: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
@@ -84,15 +93,16 @@ class ResidentHead:
 
 
 def score_all(heads: Sequence[ResidentHead], features: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(how many heads, their scores [heads, rows, labels]), for heads sorted by `order`.
+    """(how many heads, their scores [heads, rows, labels]), for heads sorted by `order`, with as many members each.
 
-    features [heads, rows, features]. Heads of one shape are computed together.
+    features [heads × members, rows, features]. Heads of one shape are computed together.
     """
-    start = 0
+    start, count = 0, len(features) // len(heads)
     for _, alike in groupby(heads, _hidden_stage):
         group = list(alike)
-        hidden = _hidden(group, features[start : start + len(group)])
-        start += len(group)
+        stop = start + count * len(group)
+        hidden = _hidden(group, features[start:stop])
+        start = stop
         yield from _score_group(group, hidden)
 
 
@@ -107,12 +117,19 @@ def _score_group(heads: Sequence[ResidentHead], hidden: Tensor) -> Iterator[tupl
 
 
 def _hidden(heads: Sequence[ResidentHead], features: Tensor) -> Tensor:
-    layers = [head.dense for head in heads if head.dense is not None]
-    return ACTIVATIONS[heads[0].activation](apply_all(layers, features)) if layers else features
+    """[heads × members, rows, features] → [heads, rows, members × hidden]; of linear heads the features."""
+    layers = [layer for head in heads for layer in head.dense]
+    if not layers:
+        return features
+    hidden = ACTIVATIONS[heads[0].activation](apply_all(layers, features))
+    if len(layers) == len(heads):
+        return hidden
+    _, rows, width = hidden.shape
+    return hidden.view(len(heads), -1, rows, width).transpose(1, 2).flatten(2)
 
 
 def _hidden_stage(head: ResidentHead) -> tuple[object, ...]:
-    return (0, 0, "") if head.dense is None else (*head.dense.shape, head.activation)
+    return (*head.dense[0].shape, head.activation) if head.dense else (0, 0, "")
 
 
 def _out_stage(head: ResidentHead) -> tuple[object, ...]:

@@ -126,7 +126,9 @@ def _one_by_one(readers: Readers, score: Callable[[int], _Scored]) -> list[_Scor
 
 
 def _score(readers: Readers, position: int, features: Tensor) -> _Scored:
-    scores = readers.residents[position].head.scores(features[position])
+    count = readers.readout.num_members
+    own = features[position * count : (position + 1) * count]
+    scores = readers.residents[position].head.scores(own if count > 1 else own[0])
     return _Scored(readers.cohort, (readers.versions[position],), scores.unsqueeze(0))
 
 

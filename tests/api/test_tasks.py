@@ -73,7 +73,7 @@ def test_a_version_shows_how_it_reads_who_decided_and_the_figures_that_it_came_w
     rollout._put({"spam": replace(spam, versions={1: measured})})
     view = client.get("/v1/tasks/spam/versions/1").json()
     assert view["digest"] == "sha256:spam-1"
-    assert view["readout"] == {"kind": "mean", "layers": [6], "num_queries": 0}
+    assert view["readout"] == {"kind": "mean", "layers": [6], "num_queries": 0, "num_members": 1}
     assert view["prefixes"] == []
     assert view["evaluation"] == {"test": {"accuracy": 0.97}}
     assert (view["task"], view["version"], view["state"], view["arm"]) == ("spam", 1, "approved", "champion")

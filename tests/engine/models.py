@@ -96,6 +96,7 @@ def make_artifact(
     readout: str = "mean",
     layers: Sequence[int] | None = None,
     num_queries: int = 0,
+    num_members: int = 1,
     hidden: int = 0,
     activation: str = "tanh",
     problem_type: str = "single_label_classification",
@@ -119,13 +120,13 @@ def make_artifact(
         digest = prefix_digest(tensors[name], first_layer)
         listed.append({"digest": digest, "num_virtual_tokens": length, "first_layer": first_layer})
     if num_queries:
-        tensors["queries"] = random(len(layers), num_queries, spec.hidden_size)
+        tensors["queries"] = random(len(layers), num_members * num_queries, spec.hidden_size)
     features = len(layers) * (4 if readout == "matching" else 1) * (1 + num_queries) * spec.hidden_size
     outputs = 1 if problem_type == "regression" else labels
     if hidden:
-        tensors["base_model.classifier.dense.weight"] = random(hidden, features, scale=0.1)
-        tensors["base_model.classifier.dense.bias"] = random(hidden)
-        tensors["base_model.classifier.out_proj.weight"] = random(outputs, hidden)
+        tensors["base_model.classifier.dense.weight"] = random(num_members * hidden, features, scale=0.1)
+        tensors["base_model.classifier.dense.bias"] = random(num_members * hidden)
+        tensors["base_model.classifier.out_proj.weight"] = random(outputs, num_members * hidden)
         tensors["base_model.classifier.out_proj.bias"] = random(outputs)
     elif problem_type != "embedding":
         tensors["base_model.classifier.weight"] = random(outputs, features, scale=0.1)
@@ -138,7 +139,7 @@ def make_artifact(
         "problem_type": problem_type,
         "input": "pair" if readout == "matching" else "text",
         "labels": [] if problem_type in ("regression", "embedding") else [f"l{i}" for i in range(labels)],
-        "readout": {"kind": readout, "layers": layers, "num_queries": num_queries},
+        "readout": {"kind": readout, "layers": layers, "num_queries": num_queries, "num_members": num_members},
         "head": {"kind": "hidden" if hidden else "linear", "activation": activation},
         "prefixes": listed,
         "position_offset": position_offset,
@@ -224,14 +225,21 @@ def reference_scores(network: nn.Module, artifact: Artifact, encoding: Encoding)
     out = network(**arguments, output_hidden_states=True)
     hidden = [*out.hidden_states[:-1], out.last_hidden_state]
     states = [hidden[n][0] for n in version.readout.layers]
-    if version.readout.kind == "matching":
-        features = _compared(tensors, states, encoding.pair_start)
-    else:
-        features = _features(manifest, tensors, states, out)
+    features = [
+        _compared(queries, states, encoding.pair_start)
+        if version.readout.kind == "matching"
+        else _features(manifest, queries, states, out)
+        for queries in _of_members(tensors, version.readout.num_members)
+    ]
     return _head(manifest, tensors, features)
 
 
-def _features(manifest: Any, tensors: Any, states: list[Tensor], out: Any) -> Tensor:
+def _of_members(tensors: Any, count: int) -> list[Any]:
+    """Each member's queries, [layers, num_queries, d]."""
+    return list(tensors["queries"].chunk(count, dim=1)) if "queries" in tensors else [None]
+
+
+def _features(manifest: Any, queries: Any, states: list[Tensor], out: Any) -> Tensor:
     match manifest["readout"]["kind"]:
         case "mean":
             return torch.cat([s.mean(0) for s in states])
@@ -242,23 +250,24 @@ def _features(manifest: Any, tensors: Any, states: list[Tensor], out: Any) -> Te
         case "tokens":
             return torch.cat(states, dim=-1)
         case _:
-            return torch.cat([_pooled(s, tensors["queries"][layer]) for layer, s in enumerate(states)])
+            return torch.cat([_pooled(s, queries[layer]) for layer, s in enumerate(states)])
 
 
 def _pooled(states: Tensor, queries: Tensor) -> Tensor:
     return torch.cat([states.mean(0), *((states @ query).softmax(0) @ states for query in queries)])
 
 
-def _compared(tensors: Any, states: list[Tensor], pair_start: int) -> Tensor:
+def _compared(queries: Any, states: list[Tensor], pair_start: int) -> Tensor:
     """One text alone is compared with itself."""
     pieces = []
     for layer, s in enumerate(states):
-        u, v = (_pooled(side, tensors["queries"][layer]) for side in (s[: pair_start or len(s)], s[pair_start:]))
+        u, v = (_pooled(side, queries[layer]) for side in (s[: pair_start or len(s)], s[pair_start:]))
         pieces += [u, v, (u - v).abs(), u * v]
     return torch.cat(pieces)
 
 
-def _head(manifest: Any, tensors: Any, features: Tensor) -> Tensor:
+def _head(manifest: Any, tensors: Any, of_members: list[Tensor]) -> Tensor:
+    features = of_members[0]
     if manifest["problem_type"] == "embedding":
         return features / features.norm()
     head = "base_model.classifier"
@@ -266,7 +275,9 @@ def _head(manifest: Any, tensors: Any, features: Tensor) -> Tensor:
         activation = {"tanh": torch.tanh, "gelu": nn.functional.gelu, "relu": torch.relu}[
             manifest["head"]["activation"]
         ]
-        inner = features @ tensors[f"{head}.dense.weight"].T + tensors[f"{head}.dense.bias"]
+        weights = tensors[f"{head}.dense.weight"].chunk(len(of_members))
+        inner = torch.cat([f @ w.T for f, w in zip(of_members, weights, strict=True)], dim=-1)
+        inner = inner + tensors[f"{head}.dense.bias"]
         logits = activation(inner) @ tensors[f"{head}.out_proj.weight"].T + tensors[f"{head}.out_proj.bias"]
     else:
         logits = features @ tensors[f"{head}.weight"].T + tensors[f"{head}.bias"]

@@ -21,6 +21,7 @@ KINDS: tuple[dict[str, object], ...] = (
     {"prefixes": [(7, 2)]},
     {"prefixes": [(4, 3)], "readout": "attention", "layers": [2, 3, 4], "num_queries": 2},
     {"readout": "matching", "layers": [1, 3], "num_queries": 2, "hidden": 6},
+    {"readout": "attention", "layers": [2, 4], "num_queries": 2, "hidden": 6, "num_members": 3},
 )
 
 

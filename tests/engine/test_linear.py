@@ -64,7 +64,7 @@ def test_memory_goes_with_the_last_layer_of_a_slab() -> None:
 
 
 def _head(bank: LinearBank, seed: int, hidden: int | None, labels: int, kind: ProblemType) -> ResidentHead:
-    dense: Linear | None = None if hidden is None else bank.place(*_tensors(seed, hidden, 8))
+    dense: tuple[Linear, ...] = () if hidden is None else (bank.place(*_tensors(seed, hidden, 8)),)
     out = bank.place(*_tensors(100 + seed, labels, hidden or 8))
     return ResidentHead(None, dense, "gelu" if seed % 2 else "relu", out, kind)
 
@@ -75,7 +75,7 @@ def test_heads_of_many_shapes_together_equal_each_alone() -> None:
     heads = [
         _head(bank, seed, (None, 4, 6)[seed % 3], (2, 3)[seed % 2], kinds[seed % len(kinds)]) for seed in range(24)
     ]
-    heads.append(ResidentHead(None, None, "", None, ProblemType.EMBEDDING))
+    heads.append(ResidentHead(None, (), "", None, ProblemType.EMBEDDING))
     heads.sort(key=lambda head: head.order)
     features = torch.randn(len(heads), 7, 8)
     parts = list(score_all(heads, features))
