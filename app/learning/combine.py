@@ -310,13 +310,14 @@ def recipe_of(artifact: Artifact, prefixes: tuple[Path, ...]) -> Recipe:
     """The recipe that the artifact's head was fitted by, to fit it again on `prefixes`, frozen."""
     manifest = artifact.manifest
     readout, head = manifest["readout"], manifest["head"]
-    hidden = 0
+    hidden, num_members = 0, readout.get("num_members", 1)
     if head["kind"] == HeadKind.HIDDEN:
-        hidden = int(artifact.tensors[head_tensor_names(HeadKind.HIDDEN)[0]].shape[0])
+        hidden = int(artifact.tensors[head_tensor_names(HeadKind.HIDDEN)[0]].shape[0]) // num_members
     stated = {
         "readout": readout["kind"],
         "read_layers": readout["layers"],
         "num_queries": readout.get("num_queries"),
+        "num_members": num_members,
         "hidden": hidden,
         "activation": head.get("activation", "tanh"),
     }

@@ -94,6 +94,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--read-layers", type=numbers, metavar="N,N", help="default: the last of each third")
     group.add_argument("--num-queries", type=int, metavar="N", help="for each layer read: 2 for up to 8 labels, else 4")
+    group.add_argument("--num-members", type=int, metavar="N", help=_MEMBERS)
     group.add_argument("--hidden", type=int, metavar="N", help=_HIDDEN)
     group.add_argument(
         "--num-virtual-tokens", type=int, metavar="N", help="of a prefix of the task's own; default none"
@@ -136,6 +137,7 @@ _RATES = (
 _ARRANGEMENTS = tuple(Arrangement)
 _REQUIRED = ("task", "train", "out")
 _CHOICES = ("readout", "read_layers", "num_virtual_tokens", "first_layer", "prefixes")  # any of them ends the search
+_MEMBERS = "learn so many readouts beside each other and average them: surer, and so many times as large; default 1"
 _HIDDEN = "width of the head's hidden layer, 0: a linear head; default by labels: 32 up to 8, 64 up to 100, else 96"
 
 
@@ -239,7 +241,7 @@ def _artifacts(path: Path, spec: BackboneSpec, task: str) -> list[Path]:
 
 def _given(args: argparse.Namespace) -> list[str]:
     """Choices of the recipe that stand on the command line and that a search must leave alone."""
-    return [name for name in (*_RATES, "hidden", "num_queries") if getattr(args, name) is not None]
+    return [name for name in (*_RATES, "hidden", "num_queries", "num_members") if getattr(args, name) is not None]
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -249,6 +251,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         readout=None if args.readout is None else ReadoutKind(args.readout),
         read_layers=args.read_layers or (),
         num_queries=args.num_queries,
+        num_members=1 if args.num_members is None else args.num_members,
         hidden=args.hidden,
         first_layer=args.first_layer or 0,
         num_virtual_tokens=args.num_virtual_tokens or 0,

@@ -397,7 +397,8 @@ def _manifest(learned: Learned, spec: BackboneSpec) -> dict[str, Any]:
         "thresholds": [],
         "input": tables.train.input_kind,
         "readout": {"kind": readout.kind, "layers": list(readout.layers)}
-        | ({"num_queries": readout.num_queries} if readout.num_queries else {}),
+        | ({"num_queries": readout.num_queries} if readout.num_queries else {})
+        | ({"num_members": readout.num_members} if readout.num_members > 1 else {}),
         "head": head,
         "prefixes": learned.prefixes,
         "position_offset": learned.fitted.position_offset,

@@ -44,23 +44,29 @@ class TaskModel(nn.Module):
         readout, width = recipe.reads, backbone.spec.hidden_size
         self.queries: nn.Parameter | None = None
         if readout.kind.has_queries:
-            shape = (len(readout.layers), readout.num_queries, width)
+            shape = (len(readout.layers), readout.num_members * readout.num_queries, width)
             self.queries = nn.Parameter(torch.randn(shape) * _QUERY_STD)
         self.prefix = None if prefix is None else nn.Parameter(prefix.clone().float())
         features = feature_size(readout, width)
-        self.dense = nn.Linear(features, recipe.hidden) if recipe.hidden else None
-        self.out = nn.Linear(recipe.hidden or features, num_outputs)
+        hidden = readout.num_members * (recipe.hidden or 0)  # member by member
+        self.dense = nn.Linear(features, hidden) if hidden else None
+        self.out = nn.Linear(hidden or features, num_outputs)
         self.dropout = nn.Dropout(recipe.dropout)
         self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[recipe.activation]
         nn.init.normal_(self.out.weight, std=_HEAD_STD)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, cache: StateCache, batch: Gathered, chosen: Tensor | None = None) -> Tensor:
-        """Logits [rows, labels]; for tokens [chosen tokens, labels], `chosen` a bool [rows, tokens]."""
+        """Logits [rows, labels]; for tokens [chosen tokens, labels], `chosen` a bool [rows, tokens].
+
+        While several members are trained [members, rows, labels], of each its own.
+        """
         batch = batch.to(self.out.weight.device)
         pieces = self._pieces(self._reads(cache, batch), batch, chosen)
         if self.recipe.readout is ReadoutKind.TOKENS:
             return self.head(torch.cat(pieces, dim=-1))
+        if self.recipe.num_members > 1:
+            return self._heads(join_layers(pieces))
         return self.head(join_layers(pieces))
 
     def head(self, features: Tensor) -> Tensor:
@@ -70,12 +76,24 @@ class TaskModel(nn.Module):
         logits: Tensor = self.out(features)
         return logits
 
+    def _heads(self, features: Tensor) -> Tensor:
+        """Features [rows, members, features] → logits, of each member while they are trained, else their average."""
+        assert self.dense is not None
+        count = self.recipe.num_members
+        features = self.dropout(features).transpose(0, 1)
+        weights = self.dense.weight.view(count, -1, features.shape[-1]).transpose(1, 2)  # [members, features, hidden]
+        biases = self.dense.bias.view(count, 1, -1)
+        hidden = self.dropout(self.activation(torch.baddbmm(biases, features, weights)))
+        outs = self.out.weight.view(len(self.out.bias), count, -1).permute(1, 2, 0)  # [members, hidden, labels]
+        logits = torch.matmul(hidden, outs) + self.out.bias
+        return logits if self.training else logits.mean(dim=0)
+
     def tensors(self) -> dict[str, Tensor]:
         """Queries and head under the artifact's names, in float32."""
-        layers = [self.out] if self.dense is None else [self.dense, self.out]
         kind = HeadKind.LINEAR if self.dense is None else HeadKind.HIDDEN
-        parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
-        named = dict(zip(head_tensor_names(kind), parameters, strict=True))
+        dense = [] if self.dense is None else [self.dense.weight, self.dense.bias]
+        parameters = [*dense, self.out.weight / self.recipe.num_members, self.out.bias]
+        named: dict[str, Tensor] = dict(zip(head_tensor_names(kind), parameters, strict=True))
         if self.queries is not None:
             named[QUERIES] = self.queries
         return {name: tensor.detach().float().cpu() for name, tensor in named.items()}
@@ -104,12 +122,16 @@ class TaskModel(nn.Module):
             case ReadoutKind.ATTENTION:
                 assert self.queries is not None
                 layers = zip(states, self.queries, strict=True)
-                return [piece for s, q in layers for piece in (mean_tokens(s, mask), attend_tokens(s, q, mask))]
+                found = [(mean_tokens(s, mask), attend_tokens(s, q, mask)) for s, q in layers]
+                return [piece for mean, queried in found for piece in self._of_members(mean, queried)]
             case ReadoutKind.MATCHING:
                 assert self.queries is not None
                 sides = sides_of(mask, batch.pair_starts)
                 layers = zip(states, self.queries, strict=True)
-                return [compare_sides(attend_sides(s, q, sides)) for s, q in layers]
+                attended = [attend_sides(s, q, sides) for s, q in layers]  # [rows, 2, 1 + queries, d]
+                if self.recipe.num_members > 1:
+                    attended = [torch.cat(self._of_members(a[:, :, :1], a[:, :, 1:]), dim=-2) for a in attended]
+                return [compare_sides(a) for a in attended]
             case ReadoutKind.CLS:
                 return [s[:, :1] for s in states]
             case ReadoutKind.POOLER:
@@ -118,6 +140,15 @@ class TaskModel(nn.Module):
                 return [s[chosen] for s in states]
             case _:
                 return [mean_tokens(s, mask) for s in states]
+
+    def _of_members(self, mean: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """mean [rows, …, 1, d], attended [rows, …, queries, d]; of several members [rows, members, …] both."""
+        count = self.recipe.num_members
+        if count == 1:
+            return mean, attended
+        *others, _, width = attended.shape
+        own = attended.view(*others, count, -1, width).movedim(-3, 1)
+        return mean.unsqueeze(1).expand(*own.shape[:-2], 1, -1), own
 
 
 def position_offset(prefixes: list[LayerPrefix]) -> int:

@@ -21,6 +21,7 @@ class Recipe:
     readout: ReadoutKind | None = None
     read_layers: tuple[int, ...] = ()
     num_queries: int | None = None  # a layer
+    num_members: int = 1  # readouts that are learned beside each other, and whose logits are averaged
     hidden: int | None = None  # width of the hidden layer; 0: a linear head
     activation: str = "gelu"
     first_layer: int = 0
@@ -79,7 +80,7 @@ class Recipe:
         """The readout of a completed recipe."""
         assert self.readout is not None and self.num_queries is not None
         queries = self.num_queries if self.readout.has_queries else 0
-        return Readout(self.readout, self.read_layers, queries)
+        return Readout(self.readout, self.read_layers, queries, self.num_members)
 
     def settings(self) -> dict[str, Any]:
         """For the manifest: no paths, nothing of the machine."""
@@ -96,6 +97,8 @@ class Recipe:
             idle |= {"num_queries", "query_learning_rate"}
         if not self.hidden:
             idle |= {"activation"}
+        if self.num_members == 1:
+            idle |= {"num_members"}
         return {name: value for name, value in self.settings().items() if name not in idle}
 
     def _check(self, is_token: bool, input_kind: InputKind, spec: BackboneSpec) -> None:
@@ -141,6 +144,9 @@ def _faults(recipe: Recipe, is_token: bool, input_kind: InputKind, spec: Backbon
         and not spec.has_pooler,
         f"a pooler reads layer {top} alone": recipe.readout is ReadoutKind.POOLER and layers != (top,),
         f"--first-layer must be in 0 … {top - 1}": not 0 <= recipe.first_layer < top,
+        "--num-members averages readouts with queries and a hidden layer: leave it out, or --readout and --hidden": (
+            recipe.num_members > 1 and not (recipe.reads.kind.has_queries and recipe.hidden)
+        ),
         "--num-virtual-tokens trains a prefix and --prefixes reads trained ones: give one of them": bool(
             recipe.num_virtual_tokens and recipe.prefixes
         ),
@@ -158,6 +164,7 @@ def _number_faults(recipe: Recipe) -> list[str]:
         "--epochs": ("1 or more", recipe.epochs >= 1),
         "--batch-size": ("1 or more", recipe.batch_size >= 1),
         "--num-queries": ("1 or more", recipe.num_queries is not None and recipe.num_queries >= 1),
+        "--num-members": ("1 or more", recipe.num_members >= 1),
         "--hidden": ("0 or more", recipe.hidden is not None and recipe.hidden >= 0),
         "--learning-rate": ("more than 0", recipe.learning_rate > 0),
         "--query-learning-rate": ("more than 0", recipe.query_learning_rate > 0),

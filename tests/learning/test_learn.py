@@ -25,10 +25,11 @@ from app.engine.golden import check_golden, predict
 from app.engine.tokenizer import TextTokenizer
 from app.errors import ArtifactError, DataError, SettingsError
 from app.learning import evaluation, reporting
+from app.learning.combine import recipe_of
 from app.learning.data import read_table
 from app.learning.finetune import FinetuneSettings
 from app.learning.learn import Files, Options, learn
-from app.learning.prepare import encode
+from app.learning.prepare import cache_plan, encode
 from app.learning.recipe import Recipe
 from app.learning.study import Study, Tables
 from app.learning.trainer import Epoch
@@ -60,6 +61,7 @@ class Silent:
         self.noticed += sentences
 
 
+HEAD = "base_model.classifier"
 Rows = Callable[[random.Random, int], Sequence[Sequence[str]]]
 HEADERS = {
     samples.single_rows: ("text", "label"),
@@ -135,13 +137,20 @@ def learned(folder: Path, files: Files, backbone: Backbone, **changes: Any) -> d
         (samples.single_rows, {}),
         (samples.single_rows, {"readout": ReadoutKind.MEAN, "hidden": 0, "epochs": 30, "learning_rate": 5e-2}),
         (samples.single_rows, {"num_virtual_tokens": 4, "first_layer": 1, "epochs": 8}),
+        (samples.single_rows, {"num_members": 3}),
         (samples.multi_rows, {}),
+        (samples.multi_rows, {"num_members": 2, "class_weight_power": 0.3}),
+        (samples.regression_rows, {"num_members": 2, "epochs": 15}),
         (samples.regression_rows, {"epochs": 15}),
         (samples.pair_rows, {}),
         (samples.pair_rows, {"num_virtual_tokens": 4, "first_layer": 1, "read_layers": (1, 3), "epochs": 8}),
         (samples.pair_rows, {"readout": ReadoutKind.ATTENTION}),
+        (samples.pair_rows, {"num_members": 2, "num_virtual_tokens": 4, "first_layer": 1, "epochs": 8}),
     ],
-    ids=["single", "mean", "late-fork", "multi", "regression", "pair", "pair-late-fork", "pair-attention"],
+    ids=[
+        *("single", "mean", "late-fork", "averaged", "multi", "multi-averaged", "regression-averaged", "regression"),
+        *("pair", "pair-late-fork", "pair-attention", "pair-averaged"),
+    ],
 )
 def test_it_learns_and_serves_with_the_scores_that_it_states(
     tmp_path: Path, backbone: Backbone, rows: Rows, changes: dict[str, Any]
@@ -159,6 +168,36 @@ def test_it_learns_and_serves_with_the_scores_that_it_states(
         scored = evaluation.score(engine, tokenizer, artifact, read_table(files.test))
     figures = evaluation.figures(scored, manifest["labels"], manifest["thresholds"])
     assert figures == manifest["evaluation"]["test"]
+
+
+def test_members_are_learned_apart_and_are_averaged(tmp_path: Path, backbone: Backbone) -> None:
+    files = files_of(tmp_path, samples.single_rows, 60)
+    study = Study(Tables.read(files, None), backbone, TextTokenizer(backbone.path), Silent())
+    fitted = study.fit(study.completed(recipe(num_members=3, num_queries=2, epochs=2)))
+    model, cache = fitted.model, study.split(cache_plan(fitted.recipe, fitted.frozen), "dev").cache
+    batch = cache.gather(torch.arange(7))
+    model.dropout.p = 0.0
+    apart, together = model.train()(cache, batch), model.eval()(cache, batch)
+    assert apart.shape == (3, 7, 3)
+    assert not torch.allclose(apart[0], apart[1], atol=1e-2)
+    assert torch.allclose(apart.mean(dim=0), together, atol=1e-5)
+    tensors = model.tensors()
+    alone = study.fit(study.completed(recipe(num_queries=2, epochs=1))).model
+    for member, logits in enumerate(apart):  # each is a readout of its own
+        alone.load_state_dict({
+            "queries": tensors["queries"][:, 2 * member : 2 * member + 2],
+            "dense.weight": tensors[f"{HEAD}.dense.weight"].chunk(3)[member],
+            "dense.bias": tensors[f"{HEAD}.dense.bias"].chunk(3)[member],
+            "out.weight": 3 * tensors[f"{HEAD}.out_proj.weight"].chunk(3, dim=1)[member],
+            "out.bias": tensors[f"{HEAD}.out_proj.bias"],
+        })  # fmt: skip
+        assert torch.allclose(alone.eval()(cache, batch), logits, atol=1e-5)
+
+
+def test_a_head_with_members_is_fitted_again_as_it_was(tmp_path: Path, backbone: Backbone) -> None:
+    learned(tmp_path, files_of(tmp_path, samples.single_rows, 40), backbone, num_members=2, num_queries=3, epochs=1)
+    again = recipe_of(read_artifact(tmp_path / "out", backbone.spec), ())
+    assert (again.num_members, again.num_queries, again.hidden) == (2, 3, 16)
 
 
 def test_one_text_has_nothing_to_be_matched_with(tmp_path: Path, backbone: Backbone) -> None:
@@ -526,6 +565,9 @@ def test_a_table_of_which_too_little_can_be_read(tmp_path: Path, backbone: Backb
         ({"num_virtual_tokens": 4, "first_layer": 3}, "--first-layer must be in 0 … 2"),
         ({"num_virtual_tokens": 4, "first_layer": 2, "read_layers": (1, 2)}, "nothing reads above"),
         ({"num_virtual_tokens": 4, "prefixes": (Path("x"),)}, "give one of them"),
+        ({"num_members": 2, "hidden": 0}, "--num-members averages readouts with queries and a hidden layer"),
+        ({"num_members": 2, "readout": ReadoutKind.MEAN}, "--num-members averages readouts with queries"),
+        ({"num_members": 0}, "--num-members is out of range: give 1 or more"),
         ({"task": "Über"}, "--task must be a name"),
         ({"epochs": 0}, "--epochs is out of range: give 1 or more"),
         ({"dropout": 1.0}, "--dropout is out of range: give 0 or more and less than 1"),
