@@ -211,7 +211,9 @@ def _print_versions(answer: Mapping[str, Any]) -> int:
 
 
 def _reads(version: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{version['readout']['kind']} of {','.join(map(str, version['readout']['layers']))}"
+    readout = version["readout"]
+    members = f", {count} averaged" if (count := readout.get("num_members", 1)) > 1 else ""
+    yield f"{readout['kind']} of {','.join(map(str, readout['layers']))}{members}"
     for prefix in version["prefixes"]:
         yield f"{prefix['num_virtual_tokens']} tokens from layer {prefix['first_layer']}"
 

@@ -4,7 +4,8 @@ Knows file formats and shapes. Does not know whether a version is live, and runs
 
 Layout: `prompt_embeddings [num_virtual_tokens, layers · 2 · heads · head size]` as PEFT writes it (several prefixes:
 `prompt_embeddings.0`, `.1`, …), `queries [layers read, num_queries, d]`, the head under PEFT's names, and where a
-tagger has learned how tags follow one another `transitions [labels + 1, labels]`.
+tagger has learned how tags follow one another `transitions [labels + 1, labels]`. Of a readout with several members the
+queries of each layer, the rows of `dense` and the columns of `out_proj` stand member by member; `out_proj` averages.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def version_of(manifest: Mapping[str, Any], digest: str, number: int) -> TaskVer
         readout=Readout(
             ReadoutKind(readout["kind"]),
             tuple(readout["layers"]),
-            readout.get("num_queries", 0),
+            readout.get("num_queries", 0) if ReadoutKind(readout["kind"]).has_queries else 0,
             readout.get("num_members", 1),
         ),
         input_kind=InputKind(manifest.get("input", "text")),

@@ -20,6 +20,7 @@ from app.engine.heads import ACTIVATIONS, QUERIES, head_tensor_names
 
 FORMAT_VERSION = 1
 MOST_GOLDEN = 100
+MOST_MEMBERS = 16  # of a readout
 PROMPT = "prompt_embeddings"
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
@@ -180,8 +181,8 @@ def _member_faults(manifest: Mapping[str, Any]) -> list[str]:
     """Only what has hidden layers gains by an average: that of linear heads is one linear head."""
     readout = _mapping(manifest, "readout")
     num_members = readout.get("num_members", 1)
-    if not _is_count(num_members, 1):
-        return ["readout.num_members must be a number from 1"]
+    if not _is_count(num_members, 1) or num_members > MOST_MEMBERS:
+        return [f"readout.num_members must be a number from 1 to {MOST_MEMBERS}"]
     can_have = readout.get("kind") in [kind for kind in ReadoutKind if kind.has_queries]
     can_have &= _mapping(manifest, "head").get("kind") == HeadKind.HIDDEN
     can_have &= manifest.get("problem_type") != ProblemType.EMBEDDING
@@ -256,8 +257,8 @@ def _hidden_size_faults(manifest: Mapping[str, Any], tensors: Mapping[str, Tenso
         return []
     weight, bias, out, _ = (tensors[name] for name in head_tensor_names(HeadKind.HIDDEN))
     num_members = manifest["readout"].get("num_members", 1)
-    if weight.shape[0] % num_members:
-        return [f"the head's dense has {weight.shape[0]} rows, which are not alike for {num_members} members"]
+    if weight.shape[0] % num_members or not weight.shape[0]:
+        return [f"the head's dense has {weight.shape[0]} rows, which {num_members} members cannot share equally"]
     if weight.shape[0] == bias.shape[0] == out.shape[1]:
         return []
     return [f"the head's parts do not fit: dense {tuple(weight.shape)}, out_proj {tuple(out.shape)}"]

@@ -86,8 +86,8 @@ class Readers:
     readout: Readout
 
     @property
-    def num_members(self) -> int:
-        """Of all versions."""
+    def num_readouts(self) -> int:
+        """Members of all versions."""
         return len(self.versions) * self.readout.num_members
 
 

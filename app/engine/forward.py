@@ -261,7 +261,7 @@ def _take_all(
 ) -> None:
     """What each reader finds behind one layer goes to its pieces.
 
-    [rows, members, n, d] each; for those that read every token [rows, tokens, d].
+    [rows, readouts, n, d] each; for those that read every token [rows, tokens, d].
     """
     where = {p.block: (number, p) for number, chunk in enumerate(step) for p in chunk.placed}
     reads = [(*where[read.block], read) for read in batch.reads[layer]]
@@ -330,8 +330,8 @@ def _pool(
     for readers in all_readers:
         found = [_for_each(readers, mean)]
         if readers.readout.num_queries:
-            stop = start + readers.num_members * readers.readout.num_queries
-            found.append(attended[:, start:stop].view(len(mean), readers.num_members, readers.readout.num_queries, -1))
+            stop = start + readers.num_readouts * readers.readout.num_queries
+            found.append(attended[:, start:stop].view(len(mean), readers.num_readouts, readers.readout.num_queries, -1))
             start = stop
         yield readers, found
 
@@ -343,7 +343,7 @@ def _match(read: Read, states: Tensor, layer: int, inputs: _Inputs) -> Iterator[
     mean, attended = found[:, :, :1], found[:, :, 1:]  # [rows, 2, 1, d], [rows, 2, all queries, d]
     start = 0
     for readers in all_readers:
-        count, num_queries = readers.num_members, readers.readout.num_queries
+        count, num_queries = readers.num_readouts, readers.readout.num_queries
         own = attended[:, :, start : start + count * num_queries].view(len(found), 2, count, num_queries, -1)
         start += count * num_queries
         sides = torch.cat((mean.unsqueeze(2).expand(-1, -1, count, -1, -1), own), dim=3)
@@ -361,5 +361,5 @@ def _queries(all_readers: Sequence[Readers], layer: int) -> list[Tensor]:
 
 
 def _for_each(readers: Readers, found: Tensor) -> Tensor:
-    """[rows, n, d] → [rows, members, n, d], the same for every member of every version."""
-    return found.unsqueeze(1).expand(-1, readers.num_members, -1, -1)
+    """[rows, n, d] → [rows, readouts, n, d], the same for every member of every version."""
+    return found.unsqueeze(1).expand(-1, readers.num_readouts, -1, -1)

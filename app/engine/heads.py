@@ -60,8 +60,7 @@ class ResidentHead:
         pairs = zip(names[::2], names[1::2], strict=True)
         *dense, (weight, bias) = [(tensors[weight], tensors[bias]) for weight, bias in pairs]
         count = version.readout.num_members
-        parts = [part for w, b in dense for part in zip(w.chunk(count), b.chunk(count), strict=True)]
-        layers = tuple(bank.place(*part) for part in parts)
+        layers = tuple(layer for w, b in dense for layer in bank.place_all(w.chunk(count), b.chunk(count)))
         activation = manifest["head"].get("activation", "tanh")
         transitions = tensors.get(TRANSITIONS)
         if transitions is not None:
@@ -125,7 +124,7 @@ def _hidden(heads: Sequence[ResidentHead], features: Tensor) -> Tensor:
     if len(layers) == len(heads):
         return hidden
     _, rows, width = hidden.shape
-    return hidden.view(len(heads), -1, rows, width).transpose(1, 2).flatten(2)
+    return hidden.view(len(heads), len(layers) // len(heads), rows, width).transpose(1, 2).flatten(2)
 
 
 def _hidden_stage(head: ResidentHead) -> tuple[object, ...]:

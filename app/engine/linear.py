@@ -54,8 +54,14 @@ class _Slab:
         _, out_size, in_size = self.weights.shape
         return out_size, in_size
 
-    def free_slot(self) -> int | None:
-        return next((i for i, tenant in enumerate(self.tenants) if tenant is None or tenant() is None), None)
+    def free_slots(self, count: int) -> int | None:
+        """The first of `count` neighbours that nobody has."""
+        run = 0
+        for slot, tenant in enumerate(self.tenants):
+            run = run + 1 if tenant is None or tenant() is None else 0
+            if run == count:
+                return slot + 1 - count
+        return None
 
 
 class LinearBank:
@@ -67,22 +73,29 @@ class LinearBank:
 
     def place(self, weight: Tensor, bias: Tensor) -> Linear:
         """`weight` [out, in], `bias` [out]."""
-        slab, slot = self._room(*weight.shape)
-        slab.weights[slot].copy_(weight)
-        slab.biases[slot].copy_(bias)
-        layer = Linear(slab, slot)
-        slab.tenants[slot] = weakref.ref(layer)
+        (layer,) = self.place_all([weight], [bias])
         return layer
 
-    def _room(self, out_size: int, in_size: int) -> tuple[_Slab, int]:
+    def place_all(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Linear, ...]:
+        """Layers of one shape, as neighbours."""
+        slab, first = self._room(len(weights), *weights[0].shape)
+        layers = tuple(Linear(slab, first + i) for i in range(len(weights)))
+        for layer, weight, bias in zip(layers, weights, biases, strict=True):
+            slab.weights[layer.slot].copy_(weight)
+            slab.biases[layer.slot].copy_(bias)
+            slab.tenants[layer.slot] = weakref.ref(layer)
+        return layers
+
+    def _room(self, count: int, out_size: int, in_size: int) -> tuple[_Slab, int]:
+        """A slab, and the first of `count` slots in it."""
         slabs = [slab for ref in self._slabs.get((out_size, in_size), []) if (slab := ref()) is not None]
         self._slabs[out_size, in_size] = [weakref.ref(slab) for slab in slabs]
         for slab in slabs:
-            slot = slab.free_slot()
-            if slot is not None:
-                return slab, slot
-        slots = min(_MOST_SLOTS, max(1, sum(len(slab.tenants) for slab in slabs) // 2))  # a third is idle at most
-        slab = self._new_slab(slots, out_size, in_size)
+            first = slab.free_slots(count)
+            if first is not None:
+                return slab, first
+        slots = min(_MOST_SLOTS, sum(len(slab.tenants) for slab in slabs) // 2)  # a third is idle at most
+        slab = self._new_slab(max(count, slots), out_size, in_size)
         self._slabs[out_size, in_size].append(weakref.ref(slab))
         return slab, 0
 

@@ -66,7 +66,7 @@ class TaskModel(nn.Module):
         if self.recipe.readout is ReadoutKind.TOKENS:
             return self.head(torch.cat(pieces, dim=-1))
         if self.recipe.num_members > 1:
-            return self._heads(join_layers(pieces))
+            return self._member_heads(join_layers(pieces))
         return self.head(join_layers(pieces))
 
     def head(self, features: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class TaskModel(nn.Module):
         logits: Tensor = self.out(features)
         return logits
 
-    def _heads(self, features: Tensor) -> Tensor:
+    def _member_heads(self, features: Tensor) -> Tensor:
         """Features [rows, members, features] → logits, of each member while they are trained, else their average."""
         assert self.dense is not None
         count = self.recipe.num_members

@@ -95,7 +95,7 @@ class Fitter:
             task.note(SHORT_TRUNK, trial.dev, short)
         if slow.reads.kind.has_queries:
             rate = _LINEAR_RATE * base.learning_rate
-            linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
+            linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, num_members=1, learning_rate=rate)
             plain = self._fit_trunk(task, study, study.completed(linear), ", linear")
             if _dev(plain) >= _dev(best) - _NEAR_READOUT:
                 task.readouts.append(plain.recipe)

@@ -109,7 +109,10 @@ def class_weights(problem_type: ProblemType, targets: Tensor, num_outputs: int, 
 
 
 def loss_of(problem_type: ProblemType, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`weights`: from `class_weights`."""
+    """`weights`: from `class_weights`. Logits may be [members, rows, labels]: then it is the mean over members."""
+    if logits.dim() == 3:
+        targets = targets.repeat(len(logits), *[1] * (targets.dim() - 1))
+        logits = logits.flatten(0, 1)
     match problem_type:
         case ProblemType.MULTI_LABEL:
             each = functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.domain import BackboneSpec, InputKind, ProblemType, Readout, ReadoutKind
-from app.engine.artifact_checks import NAME
+from app.engine.artifact_checks import MOST_MEMBERS, NAME
 from app.errors import SettingsError
 from app.learning.problems import CHOICES, MEASURES
 
@@ -144,7 +144,7 @@ def _faults(recipe: Recipe, is_token: bool, input_kind: InputKind, spec: Backbon
         and not spec.has_pooler,
         f"a pooler reads layer {top} alone": recipe.readout is ReadoutKind.POOLER and layers != (top,),
         f"--first-layer must be in 0 … {top - 1}": not 0 <= recipe.first_layer < top,
-        "--num-members averages readouts with queries and a hidden layer: leave it out, or --readout and --hidden": (
+        "--num-members averages readouts that have queries and a hidden layer, and these have not": (
             recipe.num_members > 1 and not (recipe.reads.kind.has_queries and recipe.hidden)
         ),
         "--num-virtual-tokens trains a prefix and --prefixes reads trained ones: give one of them": bool(
@@ -164,7 +164,7 @@ def _number_faults(recipe: Recipe) -> list[str]:
         "--epochs": ("1 or more", recipe.epochs >= 1),
         "--batch-size": ("1 or more", recipe.batch_size >= 1),
         "--num-queries": ("1 or more", recipe.num_queries is not None and recipe.num_queries >= 1),
-        "--num-members": ("1 or more", recipe.num_members >= 1),
+        "--num-members": (f"1 to {MOST_MEMBERS}", 1 <= recipe.num_members <= MOST_MEMBERS),
         "--hidden": ("0 or more", recipe.hidden is not None and recipe.hidden >= 0),
         "--learning-rate": ("more than 0", recipe.learning_rate > 0),
         "--query-learning-rate": ("more than 0", recipe.query_learning_rate > 0),

@@ -95,9 +95,9 @@ def _recipes(
     readout = study.completed(base).reads.kind
     count = min(PAIR_VIRTUAL_TOKENS if is_pair else NUM_VIRTUAL_TOKENS, study.backbone.spec.max_tokens // 2)
     if Arrangement.TRUNK in arrangements:
-        if not is_token and not {"hidden", "num_queries"} & set(given):
+        if not is_token and not {"hidden", "num_queries", "num_members"} & set(given):
             rate = base.learning_rate * (1 if "learning_rate" in given else 5)
-            mean = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=rate)
+            mean = replace(base, readout=ReadoutKind.MEAN, hidden=0, num_members=1, learning_rate=rate)
             yield "bare trunk, mean, linear", mean
         yield f"bare trunk, {readout}", base
         yield f"bare trunk, {readout} of all layers", replace(base, read_layers=tuple(range(1, top + 1)))

@@ -193,9 +193,6 @@ class _Learner:
         batch = self._split.cache.gather(texts, width)
         chosen, targets = _select(self._split, batch, texts, self._problem_type)
         logits = self._model(self._split.cache, batch, chosen)
-        if self._model.recipe.num_members > 1:
-            logits = logits.flatten(0, 1)
-            targets = targets.repeat(self._model.recipe.num_members, *[1] * (targets.dim() - 1))
         return loss_of(self._problem_type, logits, targets, self._weights)
 
 

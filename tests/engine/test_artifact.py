@@ -134,16 +134,23 @@ def test_matching_is_of_pairs(folder: Path) -> None:
 def test_members_stand_side_by_side(folder: Path) -> None:
     readout = {"kind": "attention", "layers": [1, 4], "num_queries": 1, "num_members": 2}
     widened = {f"{HEAD}.dense.weight": torch.zeros(6, 128), f"{HEAD}.dense.bias": torch.zeros(6)}
-    _change(folder, readout=readout | {"num_members": 0})
-    assert _faults(folder) == ("readout.num_members must be a number from 1",)
+    for count in (0, True, 17, 2.0):
+        _change(folder, readout=readout | {"num_members": count})
+        assert _faults(folder) == ("readout.num_members must be a number from 1 to 16",)
     _change(folder, readout=readout)
     _tensors(folder, lambda tensors: tensors.update({f"{HEAD}.dense.weight": torch.zeros(5, 128)}))
     (fault,) = _faults(folder)
-    assert fault == "the head's dense has 5 rows, which are not alike for 2 members"
+    assert fault == "the head's dense has 5 rows, which 2 members cannot share equally"
     _tensors(folder, lambda tensors: tensors.update(widened | {f"{HEAD}.out_proj.weight": torch.zeros(3, 6)}))
     assert read_artifact(folder, SPEC).version(1).readout == Readout(ReadoutKind.ATTENTION, (1, 4), 1, 2)
-    _change(folder, readout=readout | {"kind": "mean"})
-    assert any("only readouts with queries and a hidden layer have several" in fault for fault in _faults(folder))
+    fault = "readout.num_members is 2: only readouts with queries and a hidden layer have several"
+    for change in (
+        {"readout": readout | {"kind": "mean"}},
+        {"head": {"kind": "linear"}},
+        {"problem_type": "embedding"},
+    ):
+        _change(folder, **{"readout": readout, "head": {"kind": "hidden", "activation": "gelu"}} | change)
+        assert fault in _faults(folder)
 
 
 def test_every_tensor_at_fault_is_named(folder: Path) -> None:

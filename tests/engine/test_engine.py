@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_a_task_that_fails_fails_alone(make_engine: MakeEngine) -> None:
     assert failed.error is not None and not failed.scores
     assert not_finite.error == "its scores are not finite"
     assert engine.alive
+
+
+def test_a_readout_with_members_that_fails_fails_alone(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    kind: dict[str, Any] = {"readout": "attention", "layers": [1, 3], "num_queries": 2, "hidden": 4, "num_members": 3}
+    artifacts = [make_artifact(engine.spec, name, seed=seed, **kind) for seed, name in enumerate(("a", "broken", "c"))]
+    for artifact in artifacts:
+        engine.load(artifact)
+    first, broken, last = (artifact.version(1) for artifact in artifacts)
+    encoding = random_encoding(9, 0)
+    alone = [run(engine, (encoding, [version]))[0][0] for version in (first, last)]
+    _break(engine, broken, torch.zeros(3, 5), torch.zeros(3))
+    ((one, failed, other),) = run(engine, (encoding, [first, broken, last]))
+    assert_close(one.scores, alone[0].scores)
+    assert_close(other.scores, alone[1].scores)
+    assert failed.error is not None and not failed.scores
 
 
 def test_a_version_that_fails_is_named_in_the_log_once_a_batch(

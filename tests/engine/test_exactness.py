@@ -46,6 +46,14 @@ KINDS: dict[str, dict[str, object]] = {
     "bare_attention": {"readout": "attention", "layers": [1, 3], "num_queries": 3, "hidden": 6},
     "averaged": {"readout": "attention", "layers": [1, 3], "num_queries": 3, "hidden": 6, "num_members": 3},
     "averaged_too": {"readout": "attention", "layers": [1, 3], "num_queries": 3, "hidden": 6, "num_members": 3},
+    "averaged_wide": {
+        "readout": "attention",
+        "layers": [1, 3],
+        "num_queries": 3,
+        "hidden": 8,
+        "num_members": 3,
+        "labels": 5,
+    },
     "late_averaged": {
         "prefixes": [(4, 3)],
         "readout": "attention",

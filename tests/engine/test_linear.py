@@ -54,6 +54,21 @@ def test_a_slot_is_free_again_only_when_nobody_holds_its_layer() -> None:
     torch.testing.assert_close(held(torch.ones(5)), before)
 
 
+def test_layers_placed_together_are_neighbours_wherever_there_is_room() -> None:
+    bank = LinearBank(CPU)
+    layers = [bank.place(*_tensors(seed)) for seed in range(30)]
+    del layers[3::2]  # single slots are free everywhere
+    gc.collect()
+    weights, biases = zip(*(_tensors(seed) for seed in range(40, 44)), strict=True)
+    for _ in range(2):
+        together = bank.place_all(weights, biases)
+        layers += together
+        first = together[0]
+        assert [layer.place for layer in together] == [(first.slab.serial, first.slot + i) for i in range(4)]
+        for layer, weight, bias in zip(together, weights, biases, strict=True):
+            torch.testing.assert_close(layer(torch.ones(5)), functional.linear(torch.ones(5), weight, bias))
+
+
 def test_memory_goes_with_the_last_layer_of_a_slab() -> None:
     bank = LinearBank(CPU)
     layer = bank.place(*_tensors(0))

@@ -189,6 +189,17 @@ def test_a_search_on_a_sample_says_so(tmp_path: Path, backbone: Backbone, monkey
     assert "a sample" not in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("given", [frozenset({"num_members"}), frozenset()])
+def test_members_that_are_given_are_kept_by_a_search(tmp_path: Path, backbone: Backbone, given: frozenset[str]) -> None:
+    files = files_of(tmp_path, samples.single_rows, count=120)
+    options = Options(arrangements=(Arrangement.TRUNK,), given=given)
+    wanted = recipe(epochs=2, hidden=None, num_members=2)
+    manifest = learn(wanted, files, tmp_path / "out", (backbone, backbone), Silent(), options)
+    names = [point["name"] for point in manifest["search"]]
+    assert ("bare trunk, mean, linear" in names) == (not given)
+    assert manifest["readout"]["kind"] == "mean" or manifest["readout"]["num_members"] == 2
+
+
 def test_the_time_of_training_is_that_of_all_of_it(
     tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
