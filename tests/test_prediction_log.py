@@ -119,7 +119,12 @@ def test_an_auditor_finds_why_a_text_got_its_answer_although_the_version_was_ret
         assert "the text is one that was answered" in words and SECRET not in words
         assert "audit" in people["otto"].refused("why", request_id)
         assert "no answer to request nobody" in people["ada"].refused("why", "nobody")
-        told_of = [line for line in map(json.loads, server.log) if line.get("event") == "index_change"]
+
+        def changes() -> list[dict[str, Any]]:
+            return [line for line in map(json.loads, server.log) if line.get("event") == "index_change"]
+
+        wait_for(lambda: changes()[-1]["action"] == "retire")  # the log is written aside
+        told_of = changes()
         assert [(line["actor"], line["action"], line["task"], line["to"]) for line in told_of][-2:] == [
             ("otto", "traffic", "mood", "champion 2"),
             ("anna", "retire", "mood", "version 1 retired"),

@@ -100,10 +100,11 @@ def recipe(**changes: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("changes", "idle"),
     [
-        ({}, {"num_virtual_tokens", "first_layer", "prefix_learning_rate"}),
+        ({}, {"num_virtual_tokens", "first_layer", "prefix_learning_rate", "num_members"}),
+        ({"num_members": 2}, {"num_virtual_tokens", "first_layer", "prefix_learning_rate"}),
         (
             {"readout": ReadoutKind.MEAN, "hidden": 0, "num_virtual_tokens": 2, "first_layer": 1},
-            {"num_queries", "query_learning_rate", "activation"},
+            {"num_queries", "query_learning_rate", "activation", "num_members"},
         ),
     ],
 )

@@ -383,6 +383,7 @@ def test_other_settings_and_lost_prefixes_are_fitted_anew(
     propose([Member(recipe("mood", **WEAK), packed.files["mood"])], out=tmp_path / "one", **given)
     needed = len(fitted)
     assert needed
+    gone, broken, *_ = sorted((tmp_path / "work").glob("prefix-*"))
     other = Member(recipe("mood", **WEAK), plain_files(tmp_path))
     propose([other], out=tmp_path / "other", **given | {"live_folder": tmp_path / "none"})
     assert len(fitted) >= 2 * needed, "of the same name and settings, and of another type"
@@ -390,7 +391,6 @@ def test_other_settings_and_lost_prefixes_are_fitted_anew(
     propose([Member(recipe("mood", **WEAK, seed=1), packed.files["mood"])], out=tmp_path / "two", **given)
     assert len(fitted) > needed
     fitted.clear()
-    gone, broken, *_ = sorted((tmp_path / "work").glob("prefix-*"))
     shutil.rmtree(gone)
     (broken / "adapter_model.safetensors").unlink()
     propose([Member(recipe("mood", **WEAK), packed.files["mood"])], out=tmp_path / "three", **given)
