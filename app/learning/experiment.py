@@ -351,7 +351,7 @@ class Experiment:
         patience = -(-base.patience * epochs // self.plan.head_epochs)
         base = replace(base, epochs=epochs, patience=patience)
         if readout == LINEAR:
-            base = replace(base, readout=ReadoutKind.MEAN, hidden=0, learning_rate=LINEAR_RATE)
+            base = base.linear(LINEAR_RATE)
         return study.completed(base)
 
 

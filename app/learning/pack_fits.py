@@ -94,8 +94,7 @@ class Fitter:
             trial = self._fit(task, study, short, f"{named(SHORT_TRUNK)}, {short.readout}")
             task.note(SHORT_TRUNK, trial.dev, short)
         if slow.reads.kind.has_queries:
-            rate = _LINEAR_RATE * base.learning_rate
-            linear = replace(base, readout=ReadoutKind.MEAN, hidden=0, num_members=1, learning_rate=rate)
+            linear = base.linear(_LINEAR_RATE * base.learning_rate)
             plain = self._fit_trunk(task, study, study.completed(linear), ", linear")
             if _dev(plain) >= _dev(best) - _NEAR_READOUT:
                 task.readouts.append(plain.recipe)

@@ -82,6 +82,10 @@ class Recipe:
         queries = self.num_queries if self.readout.has_queries else 0
         return Readout(self.readout, self.read_layers, queries, self.num_members)
 
+    def linear(self, learning_rate: float) -> Recipe:
+        """The same with a linear head over the mean, and nothing that such a head has no use for."""
+        return replace(self, readout=ReadoutKind.MEAN, hidden=0, num_members=1, learning_rate=learning_rate)
+
     def settings(self) -> dict[str, Any]:
         """For the manifest: no paths, nothing of the machine."""
         settings = asdict(self)

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from app.domain import BackboneSpec, InputKind, ProblemType, ReadoutKind
+from app.domain import BackboneSpec, InputKind, ProblemType
 from app.errors import SettingsError
 from app.learning.prepare import read_frozen
 from app.learning.recipe import Recipe
@@ -97,8 +97,7 @@ def _recipes(
     if Arrangement.TRUNK in arrangements:
         if not is_token and not {"hidden", "num_queries", "num_members"} & set(given):
             rate = base.learning_rate * (1 if "learning_rate" in given else 5)
-            mean = replace(base, readout=ReadoutKind.MEAN, hidden=0, num_members=1, learning_rate=rate)
-            yield "bare trunk, mean, linear", mean
+            yield "bare trunk, mean, linear", base.linear(rate)
         yield f"bare trunk, {readout}", base
         yield f"bare trunk, {readout} of all layers", replace(base, read_layers=tuple(range(1, top + 1)))
     if Arrangement.LATE in arrangements:

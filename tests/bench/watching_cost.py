@@ -156,11 +156,11 @@ def _server(home: Path, switch: Path, folder: Path, receiver: str, threads: int)
 @contextmanager
 def started(server: Server, threads: int, folder: Path) -> Iterator[Running]:
     failures: dict[str, str] = {}
-    with running([server], threads, folder, failures) as started:
+    with running([server], threads, folder, failures) as begun:
         if failures:
             raise SystemExit(f"not started: {failures}")
-        started[server.name].resume()
-        yield started[server.name]
+        begun[server.name].resume()
+        yield begun[server.name]
 
 
 def _switch(one: Running, file: Path, mode: Mode) -> None:
@@ -246,13 +246,8 @@ def _wait_until_done(pid: int, least_s: float) -> None:
 
 def _check(phase: Phase, mode: Mode, log_bytes: float) -> None:
     """Whether the server did what the mode says. `log_bytes`: of an answer."""
-    is_off = mode is Mode.OFF
-    trace_bytes = {Mode.OFF: (0, 1), Mode.ON: (20, 400), Mode.FULL: (400, 10_000)}[mode]
-    faults = {
-        "log lines": (log_bytes < 100) != is_off,
-        "spans": not trace_bytes[0] <= phase.sent_bytes < trace_bytes[1],
-    }
-    if any(faults.values()):
+    least, most = {Mode.OFF: (0, 1), Mode.ON: (20, 400), Mode.FULL: (400, 10_000)}[mode]  # bytes of spans
+    if (log_bytes < 100) != (mode is Mode.OFF) or not least <= phase.sent_bytes < most:
         told = f"{log_bytes:.0f} bytes of log and {phase.sent_bytes:.0f} of spans"
         raise RuntimeError(f"{told} a request: these are not those of {mode}")
 
